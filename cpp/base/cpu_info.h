@@ -1,0 +1,25 @@
+// What this processor and this process may use: instruction sets, cores, the share of them that the cgroup grants.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace sr {
+
+struct CpuInfo {
+  std::string brand;
+  std::vector<std::string> features;  // lower-case names, in a fixed order
+  int physical_cores = 1;             // cores of the machine, SMT siblings counted once
+  int allowed_cores = 1;              // of these, cores in the affinity mask, at most the cgroup quota
+};
+
+// Read once; affinity and quota are those of the first call.
+const CpuInfo& cpu_info();
+
+// Whether processor and operating system can run code of "generic", "avx2", "avx512" or "neon".
+bool cpu_supports_isa(const std::string& name);
+
+// Threads for compute: the physical cores allowed by affinity mask and cgroup quota, the fast ones where cores differ.
+int default_threads();
+
+}  // namespace sr
