@@ -1,0 +1,10 @@
+"""`python -m sparse_run` is the command `sparse-run`."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

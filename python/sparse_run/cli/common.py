@@ -1,0 +1,234 @@
+"""What the commands share: option decorators, the progress bar on stderr, logging, loading a model, printing JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+import click
+
+from ..errors import UsageError
+from ..sampling import Sampling
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..model import Model
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_option(function: F) -> F:
+    """Gives the command `model: str | None`: -m/--model, or the first positional argument."""
+
+    @click.argument("model_argument", metavar="[MODEL]", required=False)
+    @click.option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="A .gguf file, a packed model directory, or a known name (see `sparse-run list`).",
+    )
+    @functools.wraps(function)
+    def wrapper(*args: Any, model: str | None, model_argument: str | None, **kwargs: Any) -> Any:
+        if model_argument is not None:
+            source = click.get_current_context().get_parameter_source("model")
+            if source is not None and source.name == "COMMANDLINE" and model != model_argument:
+                raise click.UsageError(f"two models are named, {model_argument!r} and -m {model!r}; name one")
+            model = model_argument
+        return function(*args, model=model, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def threads_option(function: F) -> F:
+    """Gives the command `threads: int | None`."""
+    return click.option(
+        "-t",
+        "--threads",
+        type=click.IntRange(1, 1024),
+        metavar="N",
+        help="Computing threads.  [default: physical cores this process may use]",
+    )(function)
+
+
+def ctx_option(function: F) -> F:
+    """Gives the command `ctx_size: int | None`."""
+    return click.option(
+        "-c",
+        "--ctx-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Context window in tokens.  [default: the model's own, at most 4096]",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """Gives the command `as_json: bool`."""
+    return click.option("--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print one JSON object.")(
+        function
+    )
+
+
+def verbosity_options(function: F) -> F:
+    """Gives the command `quiet: bool` and `verbose: int`, and sends the log to stderr accordingly."""
+
+    @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr except errors.")
+    @click.option("-v", "--verbose", count=True, help="Say more on stderr; twice for details.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, quiet: bool, verbose: int, **kwargs: Any) -> Any:
+        if verbose and not quiet:
+            _log_to_stderr(verbose)
+        return function(*args, quiet=quiet, verbose=verbose, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _log_to_stderr(verbose: int) -> None:
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("sparse_run")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+
+
+def sampling_options(function: F) -> F:
+    """Gives the command `sampling: Sampling`."""
+    default = Sampling()
+
+    @click.option("--temp", type=float, default=default.temperature, show_default=True, help="Temperature; 0 is greedy.")
+    @click.option("--top-k", type=int, default=default.top_k, show_default=True, help="Of the K likeliest; 0 is all.")
+    @click.option("--top-p", type=float, default=default.top_p, show_default=True, help="Of the likeliest that sum to P.")
+    @click.option("--min-p", type=float, default=default.min_p, show_default=True, help="At least P of the likeliest.")
+    @click.option(
+        "--repeat-penalty", type=float, default=default.repeat_penalty, show_default=True, help="On recent tokens; 1 is off."
+    )
+    @click.option(
+        "--repeat-last-n", type=int, default=default.repeat_last_n, show_default=True, help="Recent tokens it looks at."
+    )
+    @click.option("-s", "--seed", type=int, default=default.seed, show_default=True, help="Random seed; -1 is a fresh one.")
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any,
+        temp: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repeat_penalty: float,
+        repeat_last_n: int,
+        seed: int,
+        **kwargs: Any,
+    ) -> Any:
+        sampling = Sampling(
+            temperature=temp,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            seed=seed,
+        )
+        return function(*args, sampling=sampling, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One object on one line on stdout, `schema` first; text stays readable (UTF-8, not escapes)."""
+    print(json.dumps({"schema": 1, **value}, ensure_ascii=False), flush=True)
+
+
+def colour(stream: TextIO) -> bool:
+    """Whether escape sequences may go to `stream`: NO_COLOR, FORCE_COLOR, CLICOLOR_FORCE, TERM=dumb, a terminal."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR", "0") != "0" or os.environ.get("CLICOLOR_FORCE", "0") != "0":
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class Progress:
+    """A progress bar on stderr: `progress(what, done, total)`, in bytes. A redrawn line on a terminal, otherwise one line
+    per `what` and per tenth part, so that logs stay short and nobody waits in silence. Nothing when quiet.
+
+    >>> with Progress(quiet=True) as progress:
+    ...     progress("packing", 1, 2)
+    """
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._quiet = quiet
+        self._terminal = not quiet and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._drawn = 0.0
+        self._open = False
+        self._what = ""
+        self._tenth = -1
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        part = min(1.0, done / total) if total > 0 else 0.0
+        if not self._terminal:
+            tenth = int(part * 10)
+            if what != self._what or (tenth != self._tenth and total > 0):
+                self._what, self._tenth = what, tenth
+                self._write(f"{what}: {part:.0%}\n" if total > 0 else f"{what}\n")
+            return
+        now = time.monotonic()
+        if what == self._what and now - self._drawn < 0.1 and part < 1.0:
+            return
+        if self._open and what != self._what:
+            self._write("\n")
+        self._what, self._drawn, self._open = what, now, True
+        amounts = f"{_size(done)} of {_size(total)}" if total > 0 else _size(done)
+        bar = "#" * int(part * 24)
+        self._write(f"\r{what} [{bar:<24}] {amounts}\x1b[K" if total > 0 else f"\r{what} {amounts}\x1b[K")
+
+    def close(self) -> None:
+        """Ends the line that is being redrawn."""
+        if self._open:
+            self._write("\n")
+            self._open = False
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._quiet = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def load_model(
+    model: str | None, *, threads: int | None = None, ctx_size: int | None = None, quiet: bool = False
+) -> Model:
+    """Finds the model (converting or downloading it where that is needed, with a bar) and opens it."""
+    from ..model import Model
+
+    with Progress(quiet=quiet) as progress:
+        return Model.load(model, threads=threads, ctx_size=ctx_size, progress=progress)
+
+
+def read_text(path: str) -> str:
+    """The text of a file, or of stdin for `-`. Raises UsageError where it is not UTF-8."""
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{'stdin' if path == '-' else path} is not UTF-8 text (byte {error.start}); convert it") from None
