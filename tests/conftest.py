@@ -1,0 +1,152 @@
+"""Shared fixtures: where the test data is, real and tiny models (fetched or converted once a session), a clean
+environment, and the command line as a subprocess of the running interpreter.
+
+What cannot be had (no network, no ../shared, no torch) skips with its reason; under SPARSE_RUN_TEST_STRICT=1, which
+.ci/run sets, the same is a failure, so that nothing is missing unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+# Taken before the isolation below: fetched models are kept in the user's real cache from run to run.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-run-test-models"
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skips the test, or fails it where everything is expected to be there."""
+    if os.environ.get("SPARSE_RUN_TEST_STRICT") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[[str], NoReturn]:
+    """`need(reason)`: say that something is missing that this test cannot do without."""
+    return unavailable
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's own models, history and settings are neither read nor written by any test."""
+    home = tmp_path_factory.mktemp("xdg")
+    saved = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith("SPARSE_RUN_") and not name.startswith("SPARSE_RUN_TEST_"):
+            del os.environ[name]
+    for kind in ("CACHE", "CONFIG", "DATA", "STATE"):
+        os.environ[f"XDG_{kind}_HOME"] = str(home / kind.lower())
+    for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE"):
+        os.environ.pop(name, None)
+    os.environ["PYTHONUTF8"] = "1"
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The project's reference data: ../shared beside the checkout, or SPARSE_RUN_TEST_SHARED."""
+    path = Path(os.environ.get("SPARSE_RUN_TEST_SHARED") or ROOT.parent / "shared")
+    if not (path / "data").is_dir():
+        unavailable(f"no test data at {path}; set SPARSE_RUN_TEST_SHARED")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(shared_dir: Path) -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, fetched once into the user's cache."""
+    script = shared_dir / "models" / "fetch_models.sh"
+    try:
+        done = subprocess.run(
+            ["bash", str(script), str(_CACHE), "smollm2"], capture_output=True, text=True, timeout=600
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        unavailable(f"SmolLM2 cannot be fetched: {error}")
+    if done.returncode:
+        unavailable(f"SmolLM2 cannot be fetched (offline?): {done.stderr.strip()[-300:]}")
+    return Path(done.stdout.split("\n")[0])
+
+
+@pytest.fixture(scope="session")
+def smollm2_packed(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed directory of SmolLM2."""
+    return pack(smollm2_gguf, tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def stories_dir(shared_dir: Path) -> Path:
+    """The tiny story model as llama2.c has it: stories260K.bin and tok512.model."""
+    return shared_dir / "data" / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def stories_gguf(stories_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny story model as an F32 GGUF."""
+    from llama2c import stories_to_gguf
+
+    return stories_to_gguf(stories_dir, tmp_path_factory.mktemp("stories") / "stories260K.gguf")
+
+
+@pytest.fixture(scope="session")
+def stories_packed(stories_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed directory of the tiny story model."""
+    return pack(stories_gguf, tmp_path_factory.mktemp("stories-packed"))
+
+
+def pack(gguf: Path, folder: Path) -> Path:
+    """Converts a GGUF into `folder` and returns the packed directory."""
+    from sparse_run.convert import convert_gguf
+
+    out = folder / "packed"
+    convert_gguf(gguf, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def convert_to_packed() -> Callable[[Path, Path], Path]:
+    """`convert_to_packed(gguf, folder)`: the packed directory of a GGUF."""
+    return pack
+
+
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """`run_cli("generate", "-m", path, env={...}, input=text)`: the command line as its own process, UTF-8 text."""
+
+    def run(
+        *args: Any,
+        env: Mapping[str, str] | None = None,
+        input: str | None = None,
+        timeout: float = 300,
+        cwd: Path | None = None,
+        prefix: Sequence[str] = (),
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*prefix, sys.executable, "-m", "sparse_run", *map(str, args)],
+            capture_output=True,
+            encoding="utf-8",
+            env={**os.environ, **(env or {})},
+            input=input if input is not None else "",
+            timeout=timeout,
+            cwd=cwd,
+        )
+
+    return run

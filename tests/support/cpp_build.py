@@ -1,0 +1,53 @@
+"""Builds the C++ core and its tests with CMake, once, into a folder that later runs reuse."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+class BuildUnavailable(Exception):
+    """There is no CMake or no C++ compiler; the text says what to install."""
+
+
+def tool(name: str) -> str | None:
+    """A program beside the running interpreter (where pip puts it) or on the PATH."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
+def configure(root: Path) -> Path:
+    """Configures the build without Python and returns its folder; compile_commands.json is in it."""
+    cmake = tool("cmake")
+    if cmake is None:
+        raise BuildUnavailable("no cmake: pip install '.[test]'")
+    if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        raise BuildUnavailable("no C++ compiler: install g++ or clang++")
+    folder = Path(os.environ.get("SPARSE_RUN_TEST_BUILD") or root / "build" / "cpp-tests")
+    command = [
+        cmake, "-S", str(root), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", "-DSPARSE_RUN_TESTS=ON",
+        "-DSPARSE_RUN_PYTHON=OFF", "-DSPARSE_RUN_WERROR=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+    ]  # fmt: skip
+    ninja = tool("ninja")
+    if ninja and not (folder / "CMakeCache.txt").exists():
+        command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    _run(command)
+    return folder
+
+
+def build(root: Path) -> Path:
+    """Configures and builds everything; returns the folder with objects and test programs."""
+    folder = configure(root)
+    _run([str(tool("cmake")), "--build", str(folder), "--parallel", str(min(2, os.cpu_count() or 1))])
+    return folder
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).splitlines()
+        errors = [line for line in lines if "error" in line.lower()]
+        raise AssertionError(f"{' '.join(command)} failed:\n" + "\n".join((errors[:30] or lines)[-60:]))
