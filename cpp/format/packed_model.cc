@@ -1,0 +1,150 @@
+// Layout descriptions are checked against the bytes that are really there before a kernel may see a matrix.
+#include "format/packed_model.h"
+
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+constexpr int64_t kFormatVersion = 1;
+constexpr size_t kMaxConfigBytes = 16u << 20;
+constexpr int64_t kMaxSide = int64_t(1) << 24;  // rows or columns: keeps every product of sizes within 64 bits
+constexpr size_t kTensorAlign = 4096;
+constexpr const char* kAgain = "; convert it again with sparse-run convert";
+
+const struct {
+  const char* name;
+  WeightKind kind;
+} kKinds[] = {{"q4", WeightKind::q4},   {"q5", WeightKind::q5},   {"q6", WeightKind::q6},  {"q8", WeightKind::q8},
+              {"f32", WeightKind::f32}, {"f16", WeightKind::f16}, {"bf16", WeightKind::bf16}};
+
+int64_t member_int(const Json& j, const char* key) {
+  const Json* v = j.find(key);
+  if (!v) throw JsonError(std::string("lacks ") + key);
+  return v->as_integer();
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string s = "[";
+  for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + "]";
+}
+
+}  // namespace
+
+PackedModel::PackedModel(const std::string& directory) : directory_(directory) {
+  const std::string config_path = directory + "/config.json";
+  config_text_ = read_text_file(config_path, kMaxConfigBytes);
+  try {
+    config_ = Json::parse(config_text_);
+    if (!config_.is_object()) throw JsonError("the top level must be an object");
+  } catch (const JsonError& e) {
+    throw Error(ErrorCode::model, "damaged model file " + config_path + ": " + e.what() + kAgain);
+  }
+  const Json* version = config_.find("format_version");
+  if (!version || !version->is_integer()) bad_config("format_version", "is missing: not a packed model");
+  if (version->as_integer() != kFormatVersion) {
+    throw Error(ErrorCode::unsupported, config_path + ": packed model format " + std::to_string(version->as_integer()) +
+                                            ", this program reads " + std::to_string(kFormatVersion) + kAgain);
+  }
+  weights_ = std::make_unique<Safetensors>(directory + "/weights.safetensors");
+  for (const auto& t : weights_->tensors()) tensor_bytes_ += t.second.bytes;
+}
+
+void PackedModel::bad_config(const std::string& key, const std::string& what) const {
+  throw Error(ErrorCode::model, "damaged model file " + directory_ + "/config.json: " + key + " " + what + kAgain);
+}
+
+bool PackedModel::has_matrix(const std::string& name) const {
+  return weights_->find(name) || weights_->find(name + ".0");
+}
+
+PanelMatrix PackedModel::part(const std::string& tensor, const TensorView& view) const {
+  const auto layout = weights_->metadata().find("layout:" + tensor);
+  if (layout == weights_->metadata().end()) weights_->damaged(tensor + " has no layout");
+  PanelMatrix m;
+  try {
+    const Json j = Json::parse(layout->second);
+    const Json *name = j.find("layout"), *kind = j.find("kind");
+    if (!name || name->as_string() != "panels" || member_int(j, "version") != 1) {
+      throw Error(ErrorCode::unsupported, weights_->path() + ": tensor " + tensor +
+                                              " has a layout that this program does not know" + kAgain);
+    }
+    bool known = false;
+    for (const auto& k : kKinds) {
+      if (kind && kind->as_string() == k.name) {
+        m.kind = k.kind;
+        known = true;
+      }
+    }
+    if (!known) throw JsonError("has an unknown kind");
+    const int64_t rows = member_int(j, "rows"), cols = member_int(j, "cols"), panel = member_int(j, "panel_rows");
+    if (rows < 1 || rows > kMaxSide || cols < 1 || cols > kMaxSide) throw JsonError("has impossible sizes");
+    if (panel < kTileRows || panel % kTileRows || panel > kMaxSide) throw JsonError("has an impossible panel_rows");
+    m.rows = int(rows);
+    m.cols = int(cols);
+    m.panel_rows = int(panel);
+    if (is_quantised(m.kind)) {
+      const int64_t group = member_int(j, "group");
+      if (group != 32 && group != 16) throw JsonError("has an impossible group");
+      m.group = int(group);
+      const Json* min = j.find("min");
+      m.has_min = min && min->as_bool();
+    } else if (m.panel_rows != kTileRows) {
+      throw JsonError("has an impossible panel_rows");
+    }
+  } catch (const JsonError& e) {
+    weights_->damaged("the layout of " + tensor + " " + e.what());
+  }
+  if (view.dtype != "U8") weights_->damaged(tensor + " must be of type U8");
+  if (view.bytes != m.total_bytes()) {
+    weights_->damaged(tensor + " has " + std::to_string(view.bytes) + " bytes, its layout needs " +
+                      std::to_string(m.total_bytes()));
+  }
+  if (view.file_offset % kTensorAlign) weights_->damaged(tensor + " does not begin at a multiple of 4096 bytes");
+  m.data = view.data;
+  return m;
+}
+
+std::vector<PanelMatrix> PackedModel::matrix(const std::string& name, int64_t rows, int64_t cols) const {
+  std::vector<PanelMatrix> parts;
+  if (const TensorView* whole = weights_->find(name)) {
+    parts.push_back(part(name, *whole));
+  } else {
+    for (int i = 0;; i++) {
+      const std::string tensor = name + "." + std::to_string(i);
+      const TensorView* view = weights_->find(tensor);
+      if (!view) break;
+      parts.push_back(part(tensor, *view));
+    }
+  }
+  if (parts.empty()) weights_->damaged("tensor " + name + " is missing");
+  int64_t total = 0;
+  for (const PanelMatrix& p : parts) {
+    total += p.rows;
+    if (p.cols != cols) {
+      weights_->damaged(name + " has " + std::to_string(p.cols) + " columns, the configuration says " +
+                        std::to_string(cols));
+    }
+  }
+  if (total != rows) {
+    weights_->damaged(name + " has " + std::to_string(total) + " rows, the configuration says " + std::to_string(rows));
+  }
+  return parts;
+}
+
+const float* PackedModel::vector(const std::string& name, const std::vector<int64_t>& shape, bool required) const {
+  const TensorView* view = weights_->find(name);
+  if (!view) {
+    if (required) weights_->damaged("tensor " + name + " is missing");
+    return nullptr;
+  }
+  if (view->dtype != "F32" || view->shape != shape) {
+    weights_->damaged(name + " is " + view->dtype + " " + shape_text(view->shape) + ", expected F32 " +
+                      shape_text(shape));
+  }
+  if (view->file_offset % kTensorAlign) weights_->damaged(name + " does not begin at a multiple of 4096 bytes");
+  return reinterpret_cast<const float*>(view->data);
+}
+
+}  // namespace sr

@@ -1,0 +1,45 @@
+// The packed model directory of models/format.md: names to checked matrices and vectors, used as they lie in the file.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/json.h"
+#include "format/safetensors.h"
+#include "sparse_run/tensor.h"
+
+namespace sr {
+
+class PackedModel {
+ public:
+  // Opens a directory; Error(model) or Error(unsupported) says which file is missing, damaged or too new.
+  explicit PackedModel(const std::string& directory);
+
+  const std::string& directory() const { return directory_; }
+  const std::string& config_text() const { return config_text_; }
+  const Json& config() const { return config_; }
+  const Safetensors& weights() const { return *weights_; }
+  size_t tensor_bytes() const { return tensor_bytes_; }
+
+  // Whether the matrix NAME (or its first part NAME.0) exists.
+  bool has_matrix(const std::string& name) const;
+  // The parts of NAME, rows and columns as expected or Error(model).
+  std::vector<PanelMatrix> matrix(const std::string& name, int64_t rows, int64_t cols) const;
+  // An F32 tensor of exactly this shape, or null when it is absent and not `required`.
+  const float* vector(const std::string& name, const std::vector<int64_t>& shape, bool required) const;
+
+  // Throws Error(model) about config.json: `key` is missing or has an impossible value.
+  [[noreturn]] void bad_config(const std::string& key, const std::string& what) const;
+
+ private:
+  PanelMatrix part(const std::string& tensor, const TensorView& view) const;
+
+  std::string directory_;
+  std::string config_text_;
+  Json config_;
+  std::unique_ptr<Safetensors> weights_;
+  size_t tensor_bytes_ = 0;
+};
+
+}  // namespace sr

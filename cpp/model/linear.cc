@@ -1,0 +1,130 @@
+// Tiles of all parts are numbered through; a range of them is cut at the parts' borders.
+#include "model/linear.h"
+
+#include <algorithm>
+
+#include "format/packed_model.h"
+#include "sparse_run/error.h"
+
+namespace sr {
+
+void InputBuffer::reset(int n, int width, const char* what) {
+  width_ = width;
+  padded_ = (width + kSlabCols - 1) / kSlabCols * kSlabCols;
+  const size_t total = size_t(n) * padded_;
+  x_.reset(total, what);
+  q_.reset(total, what);
+  scale_.reset(total / kSlabCols, what);
+  sum_.reset(2 * (total / kSlabCols), what);
+}
+
+void InputBuffer::quantise(int i, int begin, int count) {
+  const size_t at = size_t(i) * padded_ + begin;
+  kernels().quantise(x_.data() + at, count, q_.data() + at, scale_.data() + at / kSlabCols,
+                     sum_.data() + 2 * (at / kSlabCols));
+}
+
+Input InputBuffer::input() const {
+  Input in;
+  in.x = x_.data();
+  in.ldx = size_t(padded_);
+  in.q.q = q_.data();
+  in.q.scale = scale_.data();
+  in.q.sum = sum_.data();
+  return in;
+}
+
+int Linear::output_index(int row) const {
+  size_t p = 0;
+  while (row >= row_begin[p + 1]) p++;
+  return tile_begin[p] * kTileRows + row - row_begin[p];
+}
+
+Linear load_linear(const PackedModel& model, const std::string& name, int rows, int cols, int unit) {
+  Linear w;
+  w.rows = rows;
+  w.cols = cols;
+  w.parts = model.matrix(name, rows, cols);
+  w.tile_begin.push_back(0);
+  w.row_begin.push_back(0);
+  for (const PanelMatrix& p : w.parts) {
+    w.tile_begin.push_back(w.tile_begin.back() + p.tiles());
+    w.row_begin.push_back(w.row_begin.back() + p.rows);
+    (is_quantised(p.kind) ? w.quantised : w.floating) = true;
+    w.bytes += p.total_bytes();
+    if (w.row_begin.back() != rows && w.row_begin.back() % unit) {
+      model.weights().damaged("a part of " + name + " does not end at a multiple of " + std::to_string(unit) + " rows");
+    }
+  }
+  w.bias = model.vector(name + ".bias", {rows}, false);
+  if (w.bias) w.bytes += size_t(rows) * sizeof(float);
+  return w;
+}
+
+void set_shares(Linear* w, int threads, int tiles_per_unit) {
+  // A border stands where the bytes before it come closest to the thread's part of all bytes.
+  std::vector<size_t> before(1, 0);
+  for (const PanelMatrix& p : w->parts) {
+    for (int t = 0; t < p.tiles(); t++) before.push_back(before.back() + p.total_bytes() / size_t(p.tiles()));
+  }
+  const int units = (w->tiles() + tiles_per_unit - 1) / tiles_per_unit;
+  w->share.assign(1, 0);
+  int unit = 0;
+  for (int t = 1; t < threads; t++) {
+    const double target = double(before.back()) * t / threads;
+    const auto at = [&](int u) { return double(before[size_t(std::min(u * tiles_per_unit, w->tiles()))]); };
+    while (unit < units && at(unit + 1) <= target) unit++;
+    if (unit < units && at(unit + 1) - target < target - at(unit)) unit++;
+    w->share.push_back(std::min(unit * tiles_per_unit, w->tiles()));
+  }
+  w->share.push_back(w->tiles());
+}
+
+namespace {
+
+// Calls fn(part, first tile in the part, last, first true row, end of true rows, offset of the part's output).
+template <class Fn>
+void for_each_part(const Linear& w, int tile_begin, int tile_end, Fn fn) {
+  for (size_t p = 0; p < w.parts.size(); p++) {
+    const int begin = std::max(tile_begin, w.tile_begin[p]) - w.tile_begin[p];
+    const int end = std::min(tile_end, w.tile_begin[p + 1]) - w.tile_begin[p];
+    if (begin >= end) continue;
+    fn(w.parts[p], begin, end, begin * kTileRows, std::min(end * kTileRows, w.parts[p].rows),
+       size_t(w.tile_begin[p]) * kTileRows, w.bias ? w.bias + w.row_begin[p] : nullptr);
+  }
+}
+
+void add_bias(const float* bias, int begin, int end, float* y) {
+  if (!bias) return;
+  for (int r = begin; r < end; r++) y[r] += bias[r];
+}
+
+}  // namespace
+
+void gemv(const Linear& w, const Input& x, int tile_begin, int tile_end, float* y) {
+  const KernelTable& k = kernels();
+  for_each_part(w, tile_begin, tile_end,
+                [&](const PanelMatrix& m, int begin, int end, int row, int row_end, size_t offset, const float* bias) {
+                  if (is_quantised(m.kind)) {
+                    k.gemv_q(m, x.q, begin, end, y + offset);
+                  } else {
+                    k.gemv_f(m, x.x, begin, end, y + offset);
+                  }
+                  add_bias(bias, row, row_end, y + offset);
+                });
+}
+
+void gemm(const Linear& w, const Input& x, int n, int tile_begin, int tile_end, float* y, size_t ldy, void* scratch) {
+  const KernelTable& k = kernels();
+  for_each_part(w, tile_begin, tile_end,
+                [&](const PanelMatrix& m, int begin, int end, int row, int row_end, size_t offset, const float* bias) {
+                  if (is_quantised(m.kind)) {
+                    k.gemm_q(m, x.q, n, begin, end, y + offset, ldy, scratch);
+                  } else {
+                    k.gemm_f(m, x.x, x.ldx, n, begin, end, y + offset, ldy, scratch);
+                  }
+                  for (int i = 0; bias && i < n; i++) add_bias(bias, row, row_end, y + offset + i * ldy);
+                });
+}
+
+}  // namespace sr

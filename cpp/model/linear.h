@@ -1,0 +1,68 @@
+// A matrix of the model, perhaps in parts of different bits, and its products with vectors prepared once for all parts.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "kernels/table.h"
+
+namespace sr {
+
+class PackedModel;
+
+// What a matrix multiplies: n vectors in fp32 and, where any part is quantised, in int8.
+struct Input {
+  const float* x = nullptr;  // [n, ldx]
+  size_t ldx = 0;
+  QuantVector q;             // [n, padded columns]
+};
+
+// Room for n vectors of `width` inputs, fp32 and int8; ldx is the width padded to whole slabs.
+class InputBuffer {
+ public:
+  void reset(int n, int width, const char* what);
+  float* row(int i) { return x_.data() + size_t(i) * padded_; }
+  // Makes the int8 form of row i, or of the 32-aligned stretch [begin, begin + count) of it.
+  void quantise(int i) { quantise(i, 0, width_); }
+  void quantise(int i, int begin, int count);
+  Input input() const;
+
+ private:
+  int width_ = 0, padded_ = 0;
+  AlignedBuffer<float> x_;
+  AlignedBuffer<int8_t> q_;
+  AlignedBuffer<float> scale_;
+  AlignedBuffer<int32_t> sum_;
+};
+
+struct Linear {
+  std::vector<PanelMatrix> parts;
+  std::vector<int> tile_begin;  // [parts + 1] first tile of each part in the whole
+  std::vector<int> row_begin;   // [parts + 1] first true row of each part
+  int rows = 0, cols = 0;
+  const float* bias = nullptr;  // [rows]
+  bool quantised = false;       // some part needs the int8 input
+  bool floating = false;        // some part needs the fp32 input
+  size_t bytes = 0;
+  std::vector<int> share;       // [threads + 1] tiles of each thread, balanced by bytes
+
+  bool empty() const { return parts.empty(); }
+  int tiles() const { return tile_begin.back(); }
+  int padded_rows() const { return tiles() * kTileRows; }  // floats that an output needs
+  // Where the output of row r stands in y: parts are padded to whole tiles.
+  int output_index(int row) const;
+};
+
+// Reads NAME and NAME.bias. `unit` rows must not be split between two parts (a head, or a tile).
+Linear load_linear(const PackedModel& model, const std::string& name, int rows, int cols, int unit);
+
+// Sets share for this many threads, in units of `tiles_per_unit` tiles.
+void set_shares(Linear* w, int threads, int tiles_per_unit);
+
+// y[output_index(r)] = W x + bias for the rows of tiles [tile_begin, tile_end).
+void gemv(const Linear& w, const Input& x, int tile_begin, int tile_end, float* y);
+// The same for n vectors, y [n, ldy]; bit-equal to n gemv.
+void gemm(const Linear& w, const Input& x, int n, int tile_begin, int tile_end, float* y, size_t ldy, void* scratch);
+
+}  // namespace sr

@@ -1,0 +1,73 @@
+// Absent optional tensors stay null; a missing required one is named in the error.
+#include "model/weights.h"
+
+#include <string>
+
+#include "format/packed_model.h"
+
+namespace sr {
+namespace {
+
+Norm load_norm(const PackedModel& model, const std::string& name, int n, bool required) {
+  Norm norm;
+  norm.weight = model.vector(name, {n}, required);
+  if (norm.weight) norm.bias = model.vector(name + ".bias", {n}, false);
+  return norm;
+}
+
+LayerWeights load_layer(const PackedModel& model, const DecoderConfig& c, const std::string& at, int threads) {
+  LayerWeights l;
+  l.attn_norm = load_norm(model, at + "attn_norm", c.n_embd, true);
+  if (!c.parallel_block) l.ffn_norm = load_norm(model, at + "ffn_norm", c.n_embd, true);
+  l.post_attn_norm = load_norm(model, at + "post_attn_norm", c.n_embd, false);
+  l.post_ffn_norm = load_norm(model, at + "post_ffn_norm", c.n_embd, false);
+  l.q_norm = load_norm(model, at + "q_norm", c.head_dim, false);
+  l.k_norm = load_norm(model, at + "k_norm", c.head_dim, false);
+
+  l.attn_qkv = load_linear(model, at + "attn_qkv", c.n_qkv(), c.n_embd, c.head_dim);
+  l.attn_o = load_linear(model, at + "attn_o", c.n_embd, c.n_attn(), kTileRows);
+  l.ffn_in = c.ffn_gated ? load_linear(model, at + "ffn_gate_up", 2 * c.n_ff, c.n_embd, 2 * kTileRows)
+                         : load_linear(model, at + "ffn_up", c.n_ff, c.n_embd, kTileRows);
+  l.ffn_down = load_linear(model, at + "ffn_down", c.n_embd, c.n_ff, kTileRows);
+  set_shares(&l.attn_qkv, threads, 1);
+  set_shares(&l.attn_o, threads, 1);
+  set_shares(&l.ffn_in, threads, c.ffn_gated ? 2 : 1);
+  set_shares(&l.ffn_down, threads, 1);
+  for (int h = 0; h < c.n_heads + 2 * c.n_kv_heads; h++) {
+    l.head_at.push_back(l.attn_qkv.output_index(h * c.head_dim));
+  }
+  return l;
+}
+
+}  // namespace
+
+DecoderWeights load_weights(const PackedModel& model, const DecoderConfig& c, int threads) {
+  DecoderWeights w;
+  w.token_embd = load_linear(model, "token_embd", c.n_vocab, c.n_embd, kTileRows);
+  if (!c.tied_embeddings) w.output = load_linear(model, "output", c.n_vocab, c.n_embd, kTileRows);
+  set_shares(w.output.empty() ? &w.token_embd : &w.output, threads, 1);
+  w.output_norm = load_norm(model, "output_norm", c.n_embd, true);
+
+  if (const TensorView* t = model.weights().find("position_embd")) {
+    if (t->shape.size() != 2 || t->shape[0] < 1 || t->shape[0] > (1 << 26)) {
+      model.weights().damaged("position_embd has an impossible shape");
+    }
+    w.n_positions = int(t->shape[0]);
+    w.position_embd = model.vector("position_embd", {t->shape[0], c.n_embd}, true);
+  }
+  if (c.rope_style != RopeStyle::none) {
+    w.rope_factors = model.vector("rope_factors", {c.rope_dims / 2}, false);
+    w.rope_factors_local = model.vector("rope_factors_local", {c.rope_dims / 2}, false);
+  }
+  for (int i = 0; i < c.n_layers; i++) {
+    w.layers.push_back(load_layer(model, c, "layers." + std::to_string(i) + ".", threads));
+  }
+
+  // Everything but the embedding rows, of which a token reads one, and the same of the learned positions.
+  w.bytes_per_token = model.tensor_bytes();
+  if (!w.output.empty()) w.bytes_per_token -= w.token_embd.bytes - w.token_embd.bytes / size_t(c.n_vocab);
+  if (w.position_embd) w.bytes_per_token -= size_t(w.n_positions - 1) * size_t(c.n_embd) * sizeof(float);
+  return w;
+}
+
+}  // namespace sr

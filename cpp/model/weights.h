@@ -1,0 +1,46 @@
+// All tensors of one decoder, found by the names of models/format.md and checked against its configuration.
+#pragma once
+
+#include <vector>
+
+#include "model/decoder_config.h"
+#include "model/linear.h"
+
+namespace sr {
+
+class PackedModel;
+
+struct Norm {
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  explicit operator bool() const { return weight != nullptr; }
+};
+
+struct LayerWeights {
+  Norm attn_norm, ffn_norm;            // ffn_norm is absent in a parallel block
+  Norm post_attn_norm, post_ffn_norm;  // often absent
+  Norm q_norm, k_norm;                 // often absent, over head_dim
+  Linear attn_qkv, attn_o;
+  Linear ffn_in;                       // gate_up interleaved in blocks of 64 rows when gated, else up
+  Linear ffn_down;
+  std::vector<int> head_at;            // [n_heads + 2 n_kv_heads] where each head's rows begin in the output of attn_qkv
+};
+
+struct DecoderWeights {
+  Linear token_embd;
+  Linear output;  // empty when tied
+  Norm output_norm;
+  const float* position_embd = nullptr;  // [n_positions, n_embd]
+  int n_positions = 0;
+  const float* rope_factors = nullptr;   // [rope_dims / 2]
+  const float* rope_factors_local = nullptr;
+  std::vector<LayerWeights> layers;
+  size_t bytes_per_token = 0;            // what one decoded token reads
+
+  const Linear& head() const { return output.empty() ? token_embd : output; }
+};
+
+// Shares of every matrix are set for `threads` threads.
+DecoderWeights load_weights(const PackedModel& model, const DecoderConfig& config, int threads);
+
+}  // namespace sr
