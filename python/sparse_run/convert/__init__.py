@@ -1,0 +1,115 @@
+"""Checkpoints to packed models (models/format.md): exact, streamed, all or nothing.
+
+>>> from sparse_run.convert import convert
+>>> convert("model.gguf", "model.packed")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .writer import ProgressCallback
+
+__all__ = ["convert", "convert_gguf", "open_checkpoint", "source_files"]
+
+
+def source_files(src: Path) -> list[Path]:
+    """The files that make a source: the GGUF file itself, or the configuration, weights and tokenizer of a directory.
+    Raises ModelError where there is nothing that can be converted."""
+    if src.is_dir():
+        weights = sorted(src.glob("*.safetensors"))
+        if not (src / "config.json").is_file() or not weights:
+            ggufs = sorted(src.glob("*.gguf"))
+            hint = f"; give one of its .gguf files, as {ggufs[0]}" if ggufs else "; give a .gguf file or a packed model"
+            raise ModelError(f"{src}: a directory with neither a packed model nor config.json and *.safetensors{hint}")
+        others = [p for pattern in ("*.json", "*.model", "*.jinja") for p in src.glob(pattern)]
+        return weights + sorted(others)
+    if not src.exists():
+        raise ModelError(f"{src}: no such file; check the path")
+    if not src.is_file():
+        raise ModelError(f"{src}: not a regular file; give a .gguf file or a model directory")
+    return [src]
+
+
+@contextlib.contextmanager
+def open_checkpoint(src: Path) -> Iterator[Checkpoint]:
+    """Opens a source for `info` or conversion. Raises ModelError or UnsupportedModelError with a line that names it."""
+    from .gguf import open_gguf
+    from .gguf_reader import GgufFile
+
+    if src.is_dir():
+        source_files(src)
+        raise UnsupportedModelError(
+            f"{src}: Hugging Face directories are not supported yet; get a GGUF file of the model"
+        )
+    with GgufFile(src) as file:
+        yield open_gguf(file)
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Makes the packed model `dst` from the checkpoint `src`, in memory below twice its largest tensor plus 200 MB.
+
+    `progress(what, done, total)` is called in bytes. Raises ModelError where the source is missing, damaged or unsupported,
+    UsageError where `dst` exists (and `replace` is not given), Error where the disk is full or cannot be written; nothing
+    remains in these cases.
+    """
+    from .checkpoint import convert_checkpoint
+    from .identity import BackgroundHash, identify
+    from .writer import check_destination
+
+    src, dst = Path(src), Path(dst)
+    files = source_files(src)
+    identity = identify(files)
+    check_destination(dst, replace=replace)
+    with open_checkpoint(src) as checkpoint:
+        full_hash = BackgroundHash(files)
+
+        def source() -> dict[str, Any]:
+            sha256 = full_hash.result()
+            if sha256 is None or identify(files) != identity:
+                raise ModelError(f"{src}: changed while it was being converted; convert it again")
+            return {
+                "schema": 1,
+                "path": str(src.resolve()),
+                "size": identity.size,
+                "date": _iso(identity.date),
+                "sha256": sha256,
+                "key": identity.key,
+                "tool": f"sparse-run {_version()}",
+            }
+
+        try:
+            convert_checkpoint(checkpoint, dst, source=source, replace=replace, progress=progress)
+        finally:
+            full_hash.stop()
+
+
+def convert_gguf(src: Path, dst: Path, progress: ProgressCallback | None = None) -> None:
+    """`convert` for a GGUF file."""
+    convert(src, dst, progress=progress)
+
+
+def _iso(seconds: float) -> str:
+    from datetime import datetime, timezone
+
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+
+
+def _version() -> str:
+    from .. import _core
+
+    return _core.__version__

@@ -1,0 +1,135 @@
+"""What the sources of checkpoints have in common: their tensors are named, matched with an architecture's roles, checked and
+turned into a packed model. Formats differ only in how they are opened (gguf.py, hf.py)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, UnsupportedModelError
+from .assemble import assemble
+from .rows import RowSource
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..models.common import Architecture, Decoder
+    from .writer import ProgressCallback, TensorData
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """A tensor of a source: `shape` rows first, the `type` as the source calls it, and its reader."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    rows: Callable[[], RowSource]
+    vector: Callable[[], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened source with everything that the conversion needs."""
+
+    where: str
+    architecture: Architecture
+    decoder: Decoder
+    names: Mapping[str, str]  # role pattern -> name pattern
+    tensors: Mapping[str, CheckpointTensor]
+    about: Mapping[str, str]  # name, license, source
+    tokenizer: Callable[[Path], None]
+
+    def tensor_types(self) -> dict[str, int]:
+        """How many tensors there are of each type."""
+        return dict(sorted(Counter(t.type for t in self.tensors.values()).items()))
+
+
+def match_roles(checkpoint: Checkpoint) -> dict[str, CheckpointTensor]:
+    """Role to tensor. Raises where a tensor is missing, of a wrong shape, or none that the architecture knows."""
+    from ..models.common import expected_shape
+
+    arch, config = checkpoint.architecture, checkpoint.decoder.config
+    wanted: dict[str, str] = {}
+    for pattern in (*arch.required, *arch.optional):
+        if pattern in checkpoint.names:
+            for role, name in _expand(pattern, checkpoint.names[pattern], config["n_layers"]):
+                wanted[name] = role
+    matched = {wanted[name]: tensor for name, tensor in checkpoint.tensors.items() if name in wanted}
+    unknown = [name for name in checkpoint.tensors if name not in wanted and not _ignored(name, arch.ignored)]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UnsupportedModelError(
+            f"{checkpoint.where}: tensor {unknown[0]}{more} belongs to no part of the architecture {arch.name} that is "
+            "supported; this variant of the model cannot be run"
+        )
+    for pattern in arch.required:
+        for role, name in _expand(pattern, checkpoint.names[pattern], config["n_layers"]):
+            if role not in matched:
+                raise ModelError(f"{checkpoint.where}: tensor {name} is missing; the file is not whole, fetch it again")
+    for role, tensor in matched.items():
+        shape = expected_shape(role, config)
+        if tensor.shape != shape:
+            raise ModelError(
+                f"{checkpoint.where}: tensor {tensor.name} has the shape {_text(tensor.shape)}, but the hyper-parameters "
+                f"say {_text(shape)}; the file is damaged or made by a faulty converter"
+            )
+    return matched
+
+
+def _expand(role: str, name: str, n_layers: int) -> Iterable[tuple[str, str]]:
+    if "{i}" not in role:
+        return [(role, name)]
+    return [(role.replace("{i}", str(i)), name.replace("{i}", str(i))) for i in range(n_layers)]
+
+
+def _ignored(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(re.escape(p).replace(re.escape("{i}"), r"\d+"), name) for p in patterns)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    dst: Path,
+    *,
+    source: Callable[[], Mapping[str, Any]],
+    replace: bool,
+    progress: ProgressCallback | None,
+) -> None:
+    """Makes the packed model. `source()` is called before the rename for source.json; it raises where the source changed
+    meanwhile."""
+    import numpy as np
+
+    from ..models.common import check_config
+    from .writer import write_packed
+
+    config = {**checkpoint.about, **checkpoint.decoder.config}
+    check_config(config, checkpoint.where)
+    matched = match_roles(checkpoint)
+    roles: dict[str, TensorData] = {
+        role: tensor.rows() if len(tensor.shape) == 2 else tensor.vector() for role, tensor in matched.items()
+    }
+    if checkpoint.decoder.rope_factors is not None:
+        factors = np.asarray(checkpoint.decoder.rope_factors, np.float32)
+        stored = roles.get("rope_factors")
+        roles["rope_factors"] = factors * stored if isinstance(stored, np.ndarray) else factors
+    config, tensors = assemble(config, roles)
+
+    write_packed(
+        dst,
+        config,
+        tensors,
+        source=lambda: {**source(), "tensor_types": checkpoint.tensor_types()},
+        add_files=checkpoint.tokenizer,
+        replace=replace,
+        progress=progress,
+        what=f"converting {Path(checkpoint.where).name}",
+    )

@@ -1,0 +1,94 @@
+"""GGUF as a source of conversion: finds the architecture, its hyper-parameters, its tensors and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError, UnsupportedModelError
+from .checkpoint import Checkpoint, CheckpointTensor
+from .gguf_reader import GgufFile, GgufMetadata, GgufTensor
+from .rows import GgufRows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def open_gguf(file: GgufFile) -> Checkpoint:
+    """The checkpoint in an open file, which must stay open while it is converted."""
+    from ..models import architectures, find_gguf
+    from ..models.common import Fields
+
+    metadata, where = file.metadata, str(file.path)
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise ModelError(f"{where}: general.architecture is missing; the file holds no language model")
+    architecture = find_gguf(name)
+    if architecture is None:
+        known = ", ".join(sorted(n for a in architectures() for n in a.gguf))
+        raise UnsupportedModelError(f"{where}: the architecture {name!r} is not supported; supported: {known}")
+    decoder = architecture.gguf_config(Fields(metadata, where, f"{name}."), _vocabulary(metadata, where))
+    return Checkpoint(
+        where=where,
+        architecture=architecture,
+        decoder=decoder,
+        names=architecture.gguf_names,
+        tensors={t.name: _tensor(file, t) for t in file.tensors.values()},
+        about=_about(metadata, file.path),
+        tokenizer=lambda directory: _export_tokenizer(metadata, where, directory),
+    )
+
+
+def _vocabulary(metadata: GgufMetadata, where: str) -> int:
+    count = metadata.array_length("tokenizer.ggml.tokens")
+    if not count:
+        raise UnsupportedModelError(
+            f"{where}: the file has no tokenizer; get one that was converted with its vocabulary"
+        )
+    return count
+
+
+def _about(metadata: GgufMetadata, path: Path) -> dict[str, str]:
+    def text(*keys: str) -> str | None:
+        return next((metadata[k] for k in keys if isinstance(metadata.get(k), str) and metadata[k]), None)
+
+    about = {
+        "name": text("general.name", "general.basename") or path.stem,
+        "license": text("general.license"),
+        "source": text("general.repo_url", "general.source.repo_url", "general.source.url", "general.url"),
+    }
+    return {key: value for key, value in about.items() if value is not None}
+
+
+def _tensor(file: GgufFile, tensor: GgufTensor) -> CheckpointTensor:
+    def vector() -> NDArray[np.float32]:
+        import numpy as np
+
+        from .rows import floats_of
+
+        values: NDArray[np.float32] = floats_of(tensor.type.decode(file.read_rows(tensor, 0, 1)))[0]
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"{file.path}: tensor {tensor.name} holds values that are not finite numbers; fetch it again"
+            )
+        return values
+
+    # A vector may be stored with trailing dimensions of 1.
+    shape = tensor.shape
+    while len(shape) > 1 and shape[0] == 1 and _is_vector(tensor.name):
+        shape = shape[1:]
+    return CheckpointTensor(tensor.name, shape, tensor.type.name, lambda: GgufRows(file, tensor), vector)
+
+
+def _is_vector(name: str) -> bool:
+    return name.endswith((".bias", "_norm.weight", "rope_freqs.weight"))
+
+
+def _export_tokenizer(metadata: GgufMetadata, where: str, directory: Path) -> None:
+    from ..tokenizer import export_gguf
+
+    try:
+        export_gguf(metadata, directory)
+    except ModelError as error:
+        raise type(error)(f"{where}: {error}") from None

@@ -1,0 +1,122 @@
+"""Where every byte of weights.safetensors lies: a pure function of names, sizes and forms, known before any weight is read.
+
+Tensors begin at multiples of 4096 bytes of the file. The safetensors format allows no holes, so the gaps are tensors of
+their own, `__pad__.0`, `__pad__.1` ..., and the header is filled up with spaces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .codes import SLAB_COLS, TILE_ROWS, Form
+
+ALIGNMENT = 4096
+PAD_PREFIX = "__pad__."
+LAYOUT_VERSION = 1
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below value."""
+    return -(-value // multiple) * multiple
+
+
+def choose_panel_rows(rows: int, form: Form, unit: int = TILE_ROWS) -> int:
+    """Rows of a panel for a matrix of `rows` rows: at most about 2048, so that a column is a run of about 1 KiB, and an
+    even number of panels for large matrices, so that two threads own whole panels. A multiple of `unit`, itself a
+    multiple of 64; 64 for float kinds."""
+    if not form.quantised:
+        return TILE_ROWS
+    panels = max(1, -(-rows // 2048))
+    if rows >= 1024 and panels % 2:
+        panels += 1
+    return round_up(-(-rows // panels), unit)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix stored in panels. `rows` and `cols` are the true sizes."""
+
+    rows: int
+    cols: int
+    form: Form
+    panel_rows: int
+
+    def panels(self) -> list[tuple[int, int]]:
+        """Row ranges [begin, end) of the panels; the last one ends at the padded number of rows."""
+        padded = round_up(self.rows, TILE_ROWS)
+        return [(at, min(at + self.panel_rows, padded)) for at in range(0, padded, self.panel_rows)]
+
+    def panel_bytes(self, rows: int) -> int:
+        """Bytes of a panel of `rows` rows, a multiple of 64."""
+        if not self.form.quantised:
+            return rows * self.cols * self.form.bits // 8
+        head = SLAB_COLS // self.form.group * (2 if self.form.has_min else 1) * 2 * rows
+        return round_up(self.cols, SLAB_COLS) // SLAB_COLS * (head + SLAB_COLS * rows * self.form.bits // 8)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.panel_bytes(end - begin) for begin, end in self.panels())
+
+    def describe(self) -> dict[str, object]:
+        """The entry in the file's metadata."""
+        entry: dict[str, object] = {
+            "layout": "panels",
+            "version": LAYOUT_VERSION,
+            "kind": self.form.kind,
+            "rows": self.rows,
+            "cols": self.cols,
+            "panel_rows": self.panel_rows,
+        }
+        if self.form.quantised:
+            entry["group"] = self.form.group
+            entry["min"] = self.form.has_min
+        return entry
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A float32 tensor stored as it is."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 4
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """The header's bytes, each tensor's position (bytes from the start of the file), and the size of the whole file."""
+
+    header: bytes
+    offsets: dict[str, int]
+    nbytes: int
+
+
+def plan_file(tensors: Mapping[str, Linear | Plain]) -> FilePlan:
+    """The safetensors file that holds these tensors in this order."""
+    metadata = {"format": "sparse-run"}
+    entries: dict[str, object] = {"__metadata__": metadata}
+    relative: dict[str, int] = {}
+    at = pads = 0
+    for name, tensor in tensors.items():
+        end = at + tensor.nbytes
+        relative[name] = at
+        if isinstance(tensor, Linear):
+            metadata[f"layout:{name}"] = json.dumps(tensor.describe())
+            entries[name] = {"dtype": "U8", "shape": [tensor.nbytes], "data_offsets": [at, end]}
+        else:
+            entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = round_up(end, ALIGNMENT)
+        if at != end:
+            entries[f"{PAD_PREFIX}{pads}"] = {"dtype": "U8", "shape": [at - end], "data_offsets": [end, at]}
+            pads += 1
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    start = round_up(8 + len(text), ALIGNMENT)
+    header = (start - 8).to_bytes(8, "little") + text.ljust(start - 8)
+    return FilePlan(header, {name: start + offset for name, offset in relative.items()}, start + at)

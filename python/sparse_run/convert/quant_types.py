@@ -1,0 +1,205 @@
+"""Tensor types of GGUF: block sizes and the unpacking of their blocks into codes, scales and minima.
+
+A type is one entry of `TENSOR_TYPES`: its blocks [n, bytes] become codes [n, weights], scales and minima [n, groups]; the
+rest of the converter needs to know nothing else about it. The 4-, 5- and 8-bit types of 32 weights are exact. The K types
+hold a scale as a product `d * s` of a half and a small integer, which is rounded to half here: a relative error of at most
+2^-11 of the scale, also for subnormal `d` (then the product is a multiple of the smallest half).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .codes import Codes, Form
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    U8 = NDArray[np.uint8]
+    F16 = NDArray[np.float16]
+    # codes [n, weights of a block], scales [n, groups], minima or None
+    Unpacked = tuple[U8, F16, F16 | None]
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """One type: `block` weights take `block_bytes`. Without `unpack` it is a float type, see `decode_floats`."""
+
+    name: str
+    block: int
+    block_bytes: int
+    form: Form
+    unpack: Callable[[Any], Any] | None = None
+
+    def nbytes(self, weights: int) -> int:
+        """Bytes of so many weights, a multiple of `block`."""
+        return weights // self.block * self.block_bytes
+
+    def decode(self, data: U8) -> Codes | NDArray[np.float32]:
+        """Stored rows u8 [rows, bytes of a row] to codes, or to float32 [rows, cols] for float types."""
+        if self.unpack is None:
+            return decode_floats(self.name, data)
+        rows = data.shape[0]
+        codes, scales, mins = self.unpack(data.reshape(-1, self.block_bytes))
+        return Codes(
+            self.form,
+            codes.reshape(rows, -1),
+            scales.reshape(rows, -1),
+            None if mins is None else mins.reshape(rows, -1),
+        )
+
+
+def decode_floats(name: str, data: U8) -> NDArray[np.float32]:
+    """F32, F16 or BF16 bytes [rows, bytes of a row] to float32 [rows, cols]."""
+    import numpy as np
+
+    if name == "F32":
+        return data.view("<f4").astype(np.float32, copy=False)
+    if name == "F16":
+        return data.view("<f2").astype(np.float32)
+    return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _half(blocks: U8, at: int) -> F16:
+    """The half at byte `at` of each block, [n, 1]."""
+    import numpy as np
+
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
+
+
+def _nibbles(blocks: U8) -> U8:
+    """Low nibbles, then high nibbles: [n, k] -> [n, 2 k]."""
+    import numpy as np
+
+    out = np.empty((blocks.shape[0], 2, blocks.shape[1]), np.uint8)
+    np.bitwise_and(blocks, 15, out=out[:, 0])
+    np.right_shift(blocks, 4, out=out[:, 1])
+    return out.reshape(blocks.shape[0], -1)
+
+
+def _add_bits(codes: U8, high: U8) -> U8:
+    """Adds bit 4 to 32 codes a block from 4 bytes, least significant bit first."""
+    import numpy as np
+
+    bits = np.unpackbits(np.ascontiguousarray(high), axis=1, bitorder="little")
+    bits <<= 4
+    codes |= bits
+    return codes
+
+
+def _q4_0(b: U8) -> Unpacked:
+    return _nibbles(b[:, 2:]), _half(b, 0), None
+
+
+def _q4_1(b: U8) -> Unpacked:
+    return _nibbles(b[:, 4:]), _half(b, 0), _half(b, 2)
+
+
+def _q5_0(b: U8) -> Unpacked:
+    return _add_bits(_nibbles(b[:, 6:]), b[:, 2:6]), _half(b, 0), None
+
+
+def _q5_1(b: U8) -> Unpacked:
+    return _add_bits(_nibbles(b[:, 8:]), b[:, 4:8]), _half(b, 0), _half(b, 2)
+
+
+def _q8_0(b: U8) -> Unpacked:
+    import numpy as np
+
+    return b[:, 2:] ^ np.uint8(0x80), _half(b, 0), None
+
+
+def _round_half(values: NDArray[np.float32]) -> F16:
+    """To half; an overflow becomes infinite and is refused by the caller's check of finiteness."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(np.float16)
+
+
+def _k_scales(b: U8) -> tuple[F16, F16]:
+    """Scales and minima [n, 8] of Q4_K and Q5_K: two halves, then eight pairs of 6 bits in 12 bytes."""
+    import numpy as np
+
+    low, mid, high = b[:, 4:8], b[:, 8:12], b[:, 12:16]
+    scale = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=1)
+    minimum = np.concatenate([mid & 63, (high >> 4) | ((mid >> 2) & 48)], axis=1)
+    d, dmin = _half(b, 0).astype(np.float32), _half(b, 2).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _round_half(d * scale), _round_half(-dmin * minimum)
+
+
+def _q4_k(b: U8) -> Unpacked:
+    scales, mins = _k_scales(b)
+    # 4 runs of 32 bytes; each holds 32 weights in its low and the next 32 in its high nibbles.
+    return _nibbles(b[:, 16:].reshape(-1, 32)).reshape(-1, 256), scales, mins
+
+
+def _q5_k(b: U8) -> Unpacked:
+    import numpy as np
+
+    scales, mins = _k_scales(b)
+    codes = _nibbles(b[:, 48:].reshape(-1, 32)).reshape(-1, 8, 32)
+    # Bit j of byte i is bit 4 of weight i in group j.
+    for j in range(8):
+        bit = (b[:, 16:48] >> np.uint8(j)) & np.uint8(1)
+        codes[:, j] |= bit << np.uint8(4)
+    return codes.reshape(-1, 256), scales, mins
+
+
+def _q6_k(b: U8) -> Unpacked:
+    import numpy as np
+
+    n = b.shape[0]
+    # Two halves of 128 weights: 64 bytes of low nibbles, 32 bytes with four times two high bits.
+    codes = _nibbles(b[:, :128].reshape(-1, 64)).reshape(n, 2, 4, 32)
+    high = b[:, 128:192].reshape(n, 2, 32)
+    for j in range(4):
+        codes[:, :, j] |= ((high >> np.uint8(2 * j)) & np.uint8(3)) << np.uint8(4)
+    d = _half(b, 208).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = _round_half(d * b[:, 192:208].view(np.int8))
+    return codes.reshape(n, 256), scales, None
+
+
+TENSOR_TYPES: dict[int, TensorType] = {
+    0: TensorType("F32", 1, 4, Form("f32")),
+    1: TensorType("F16", 1, 2, Form("f16")),
+    2: TensorType("Q4_0", 32, 18, Form("q4"), _q4_0),
+    3: TensorType("Q4_1", 32, 20, Form("q4", has_min=True), _q4_1),
+    6: TensorType("Q5_0", 32, 22, Form("q5"), _q5_0),
+    7: TensorType("Q5_1", 32, 24, Form("q5", has_min=True), _q5_1),
+    8: TensorType("Q8_0", 32, 34, Form("q8"), _q8_0),
+    12: TensorType("Q4_K", 256, 144, Form("q4", has_min=True), _q4_k),
+    13: TensorType("Q5_K", 256, 176, Form("q5", has_min=True), _q5_k),
+    14: TensorType("Q6_K", 256, 210, Form("q6", group=16), _q6_k),
+    30: TensorType("BF16", 1, 2, Form("bf16")),
+}
+
+# Names of the types that exist but are not read here, for the message.
+GGML_TYPE_NAMES: dict[int, str] = {
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+}

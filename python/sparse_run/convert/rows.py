@@ -1,0 +1,179 @@
+"""Sources of matrix rows: what the converter reads from, and the fusings and paddings that it does on the way.
+
+A source knows its size and form, and yields any range of its rows; so a matrix of any size passes through in slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import ModelError
+from .codes import TILE_ROWS, Codes, Form, RowsRead
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .gguf_reader import GgufFile, GgufTensor
+
+
+class RowSource(Protocol):
+    """A matrix [rows, cols] of which row ranges can be read: `Codes` where `form` is quantised, else float32."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def form(self) -> Form: ...
+    def read(self, begin: int, end: int) -> RowsRead: ...
+
+
+class ArrayRows:
+    """Floats in memory, to be stored as `kind` (f32, f16, bf16)."""
+
+    def __init__(self, values: NDArray[Any], kind: str = "f32") -> None:
+        self.values = values
+        self.rows, self.cols = values.shape
+        self.form = Form(kind)
+
+    def read(self, begin: int, end: int) -> RowsRead:
+        import numpy as np
+
+        return np.ascontiguousarray(self.values[begin:end], np.float32)
+
+
+class CodeRows:
+    """Codes in memory."""
+
+    def __init__(self, codes: Codes) -> None:
+        self.codes = codes
+        self.rows, self.cols = codes.codes.shape
+        self.form = codes.form
+
+    def read(self, begin: int, end: int) -> RowsRead:
+        c = self.codes
+        mins = None if c.mins is None else c.mins[begin:end]
+        return Codes(c.form, c.codes[begin:end], c.scales[begin:end], mins)
+
+
+class GgufRows:
+    """A matrix of a GGUF file. Reading raises ModelError where a weight is not a finite number."""
+
+    def __init__(self, file: GgufFile, tensor: GgufTensor) -> None:
+        self.file, self.tensor = file, tensor
+        self.rows, self.cols = tensor.shape
+        self.form = tensor.type.form
+
+    def read(self, begin: int, end: int) -> RowsRead:
+        import numpy as np
+
+        rows = self.tensor.type.decode(self.file.read_rows(self.tensor, begin, end))
+        parts = [rows.scales, rows.mins] if isinstance(rows, Codes) else [rows]
+        if not all(part is None or np.isfinite(part).all() for part in parts):
+            raise ModelError(
+                f"{self.file.path}: tensor {self.tensor.name} holds weights that are not finite numbers; "
+                "the file is damaged, fetch it again"
+            )
+        return rows
+
+
+class CastRows:
+    """A source in another form that holds the same values."""
+
+    def __init__(self, source: RowSource, form: Form) -> None:
+        self.source, self.form = source, form
+        self.rows, self.cols = source.rows, source.cols
+
+    def read(self, begin: int, end: int) -> RowsRead:
+        rows = self.source.read(begin, end)
+        if isinstance(rows, Codes):
+            return rows.to(self.form) if self.form.quantised else rows.dequantise()
+        return rows
+
+
+class PaddedRows:
+    """A source with zero rows below and zero columns to the right (scale 0, so that the code does not matter)."""
+
+    def __init__(self, source: RowSource, rows: int, cols: int) -> None:
+        self.source, self.form = source, source.form
+        self.rows, self.cols = rows, cols
+        if self.form.quantised and source.cols % self.form.group and cols != source.cols:
+            raise ValueError(f"{source.cols} columns in groups of {self.form.group} cannot be widened")
+
+    def read(self, begin: int, end: int) -> RowsRead:
+        import numpy as np
+
+        last = max(begin, min(end, self.source.rows))
+        rows = self.source.read(begin, last)
+        below, right = end - last, self.cols - self.source.cols
+
+        def pad(a: NDArray[Any], right: int) -> NDArray[Any]:
+            return np.pad(a, ((0, below), (0, right))) if below or right else a
+
+        if not isinstance(rows, Codes):
+            return pad(rows, right)
+        groups = -(-self.cols // self.form.group) - rows.scales.shape[1]
+        mins = None if rows.mins is None else pad(rows.mins, groups)
+        return Codes(self.form, pad(rows.codes, right), pad(rows.scales, groups), mins)
+
+
+class ConcatRows:
+    """Sources of one form and width, one below the other."""
+
+    def __init__(self, sources: Sequence[RowSource]) -> None:
+        self.sources = sources
+        self.form, self.cols = sources[0].form, sources[0].cols
+        self.rows = sum(source.rows for source in sources)
+
+    def read(self, begin: int, end: int) -> RowsRead:
+        parts, at = [], 0
+        for source in self.sources:
+            first, last = max(begin - at, 0), min(end - at, source.rows)
+            if first < last:
+                parts.append(source.read(first, last))
+            at += source.rows
+        return stack(parts)
+
+
+class InterleavedRows:
+    """gate and up in blocks of 64 rows: gate 0-63, up 0-63, gate 64-127 ... Both of one form, rows a multiple of 64."""
+
+    def __init__(self, gate: RowSource, up: RowSource) -> None:
+        self.gate, self.up = gate, up
+        self.form, self.cols = gate.form, gate.cols
+        self.rows = gate.rows + up.rows
+
+    def read(self, begin: int, end: int) -> RowsRead:
+        if begin % TILE_ROWS or end % TILE_ROWS:
+            raise ValueError("interleaved rows are read in whole blocks of 64")
+        parts = []
+        for at in range(begin, end, TILE_ROWS):
+            block, odd = divmod(at // TILE_ROWS, 2)
+            source = self.up if odd else self.gate
+            parts.append(source.read(block * TILE_ROWS, (block + 1) * TILE_ROWS))
+        return stack(parts)
+
+
+def stack(parts: Sequence[RowsRead]) -> RowsRead:
+    """Rows of one form, one below the other."""
+    import numpy as np
+
+    if len(parts) == 1:
+        return parts[0]
+    codes = [part for part in parts if isinstance(part, Codes)]
+    if not codes:
+        return np.concatenate([part for part in parts if not isinstance(part, Codes)])
+    mins = [c.mins for c in codes if c.mins is not None]
+    return Codes(
+        codes[0].form,
+        np.concatenate([c.codes for c in codes]),
+        np.concatenate([c.scales for c in codes]),
+        np.concatenate(mins) if mins else None,
+    )
+
+
+def floats_of(rows: RowsRead) -> NDArray[np.float32]:
+    """The weights, float32 [rows, cols]."""
+    return rows.dequantise() if isinstance(rows, Codes) else rows

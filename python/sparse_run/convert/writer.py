@@ -1,0 +1,185 @@
+"""Writes a packed model (models/format.md): weights slice by slice in their final layout, then the small files, then one
+rename.
+
+>>> import numpy as np
+>>> write_packed("/tmp/m", config, {"output_norm": np.ones(64), "token_embd": ArrayRows(values)})  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from ..errors import Error, UsageError
+from .codes import TILE_ROWS, Codes
+from .layout import FilePlan, Linear, Plain, choose_panel_rows, plan_file
+from .rows import PaddedRows, RowSource, floats_of
+from .staging import StagedDirectory, write_error
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "weights.safetensors"
+CONFIG_FILE = "config.json"
+SOURCE_FILE = "source.json"
+
+# progress(what, done, total), in bytes; total 0 where it is not known.
+ProgressCallback = Callable[[str, int, int], None]
+# A linear matrix by rows, or a plain array that is stored as float32.
+TensorData = Union["RowSource", "NDArray[Any]"]
+
+# Rows are decoded in slices of about so many weights, so that the intermediate arrays stay in the caches.
+_SLICE_WEIGHTS = 1 << 19
+
+
+def write_packed(
+    dst: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorData],
+    *,
+    source: Callable[[], Mapping[str, Any]] | None = None,
+    add_files: Callable[[Path], None] | None = None,
+    replace: bool = False,
+    progress: ProgressCallback | None = None,
+    what: str = "packing",
+) -> None:
+    """Makes the directory `dst` from final tensors (names of models/format.md; `assemble` makes them from parts).
+
+    `config` and what `source()` returns, called after the weights are written, become config.json and source.json;
+    `add_files(directory)` puts in what else belongs there (the tokenizer). `source` may still raise and so prevent the
+    packed model. `replace` allows an existing one to be replaced. Where two processes make the same directory at once, the
+    first one's stays. Raises Error where the disk is full or the folder cannot be written; nothing remains then.
+    """
+    dst = Path(dst)
+    check_destination(dst, replace=replace)
+    specs = {name: _spec(name, data) for name, data in tensors.items()}
+    plan = plan_file(specs)
+    with StagedDirectory(dst) as staged:
+        try:
+            if add_files is not None:
+                add_files(staged.path)
+            with open(staged.path / WEIGHTS_FILE, "wb", buffering=0) as file:
+                _write_weights(file.fileno(), plan, specs, tensors, progress, what)
+            _write_json(staged.path / CONFIG_FILE, {"format_version": FORMAT_VERSION, **config})
+            if source is not None:
+                _write_json(staged.path / SOURCE_FILE, {**source(), "weights_bytes": plan.nbytes})
+        except OSError as error:
+            raise write_error(dst, error) from None
+        staged.commit(replace=replace)
+
+
+def check_destination(dst: Path, *, replace: bool) -> None:
+    """Raises UsageError where `dst` exists and may not be replaced. An empty directory may."""
+    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
+        return
+    if not is_packed(dst):
+        raise UsageError(f"{dst} exists and is not a packed model; choose another destination")
+    if not replace:
+        raise UsageError(f"{dst} exists already; choose another destination, or replace it with --force")
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a directory looks like a packed model."""
+    return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
+
+
+def _spec(name: str, data: TensorData) -> Linear | Plain:
+    import numpy as np
+
+    if isinstance(data, np.ndarray):
+        return Plain(data.shape)
+    # gate and up tiles alternate and are used in pairs, which a panel must not cut.
+    unit = 2 * TILE_ROWS if name.endswith("ffn_gate_up") else TILE_ROWS
+    return Linear(data.rows, data.cols, data.form, choose_panel_rows(data.rows, data.form, unit))
+
+
+def _write_weights(
+    fd: int,
+    plan: FilePlan,
+    specs: Mapping[str, Linear | Plain],
+    tensors: Mapping[str, TensorData],
+    progress: ProgressCallback | None,
+    what: str,
+) -> None:
+    import numpy as np
+
+    _check_space(fd, plan.nbytes)
+    at = _write(fd, plan.header)
+    for name, data in tensors.items():
+        spec = specs[name]
+        at += _write(fd, bytes(plan.offsets[name] - at))
+        if isinstance(spec, Plain):
+            values = np.ascontiguousarray(data, dtype="<f4")
+            at += _write(fd, values.reshape(-1).data.cast("B"))
+            continue
+        assert not isinstance(data, np.ndarray)
+        for begin, end in spec.panels():
+            at += _write(fd, _panel(spec, data, begin, end))
+            if progress is not None:
+                progress(what, at, plan.nbytes)
+    _write(fd, bytes(plan.nbytes - at))
+    if progress is not None:
+        progress(what, plan.nbytes, plan.nbytes)
+
+
+def _panel(spec: Linear, source: RowSource, begin: int, end: int) -> memoryview:
+    """The bytes of rows [begin, end), `end` being a multiple of 64 that may lie beyond the last true row."""
+    from .. import _core
+
+    padded = source if end <= source.rows else PaddedRows(source, end, source.cols)
+    if spec.form.quantised:
+        codes = _read_codes(padded, begin, end)
+        packed = _core.pack_panel(spec.form.kind, codes.codes, codes.scales, codes.mins, spec.form.group)
+    else:
+        packed = _core.pack_panel_float(spec.form.kind, floats_of(padded.read(begin, end)))
+    if packed.nbytes != spec.panel_bytes(end - begin):
+        raise Error(f"a panel of {spec} has {packed.nbytes} bytes; this is a bug of sparse-run, please report it")
+    return packed.reshape(-1).data
+
+
+def _read_codes(source: RowSource, begin: int, end: int) -> Codes:
+    """Rows [begin, end) of a quantised source, decoded in slices into one set of arrays."""
+    import numpy as np
+
+    form, groups = source.form, -(-source.cols // source.form.group)
+    codes = np.empty((end - begin, source.cols), np.uint8)
+    scales = np.empty((end - begin, groups), np.float16)
+    mins = np.empty_like(scales) if form.has_min else None
+    step = max(TILE_ROWS, _SLICE_WEIGHTS // source.cols // TILE_ROWS * TILE_ROWS)
+    for at in range(begin, end, step):
+        last = min(at + step, end)
+        part = source.read(at, last)
+        assert isinstance(part, Codes)
+        here = slice(at - begin, last - begin)
+        codes[here], scales[here] = part.codes, part.scales
+        if mins is not None and part.mins is not None:
+            mins[here] = part.mins
+    return Codes(form, codes, scales, mins)
+
+
+def _check_space(fd: int, nbytes: int) -> None:
+    """Fails at once rather than after minutes where the disk cannot hold the file."""
+    import errno
+
+    if not hasattr(os, "fstatvfs"):
+        return
+    disk = os.fstatvfs(fd)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < nbytes:
+        raise OSError(errno.ENOSPC, f"{nbytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free on the disk")
+
+
+def _write(fd: int, data: bytes | memoryview) -> int:
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.write(fd, view[done:])
+    return done
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
