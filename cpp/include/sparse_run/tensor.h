@@ -1,0 +1,75 @@
+// Views of stored weights and of activations, as kernels see them. The stored layout is models/format.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// Small functions of headers that are compiled for several instruction sets must not leave a shared (weak) symbol
+// behind: the linker could keep the copy with the newer instructions.
+#if defined(_MSC_VER)
+#define SR_INLINE __forceinline
+#else
+#define SR_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace sr {
+
+enum class WeightKind : uint8_t { q4, q5, q6, q8, f32, f16, bf16 };
+
+constexpr int kTileRows = 64;   // outputs in a tile
+constexpr int kSlabCols = 32;   // inputs in a slab; also the block of activation quantisation
+
+SR_INLINE int code_bits(WeightKind k) {
+  switch (k) {
+    case WeightKind::q4: return 4;
+    case WeightKind::q5: return 5;
+    case WeightKind::q6: return 6;
+    case WeightKind::q8: return 8;
+    default: return 0;
+  }
+}
+SR_INLINE bool is_quantised(WeightKind k) { return k <= WeightKind::q8; }
+SR_INLINE int code_bias(WeightKind k) { return 1 << (code_bits(k) - 1); }
+
+// One stored matrix [rows, cols] in panels.
+struct PanelMatrix {
+  const uint8_t* data = nullptr;
+  WeightKind kind = WeightKind::f32;
+  bool has_min = false;
+  int group = 32;       // columns per scale: 32 or 16
+  int rows = 0;         // true outputs
+  int cols = 0;         // true inputs
+  int panel_rows = 64;  // rows of every panel but perhaps the last; a multiple of 64
+
+  SR_INLINE int padded_rows() const { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+  SR_INLINE int padded_cols() const { return (cols + kSlabCols - 1) / kSlabCols * kSlabCols; }
+  SR_INLINE int tiles() const { return padded_rows() / kTileRows; }
+  SR_INLINE int slabs() const { return padded_cols() / kSlabCols; }
+
+  // Bytes of scales and minima at the head of a slab of R rows.
+  SR_INLINE size_t slab_head_bytes(int R) const { return size_t(32 / group) * (has_min ? 2 : 1) * 2 * R; }
+  SR_INLINE size_t run_bytes(int R) const { return size_t(R) * code_bits(kind) / 8; }
+  SR_INLINE size_t slab_bytes(int R) const { return slab_head_bytes(R) + kSlabCols * run_bytes(R); }
+  SR_INLINE size_t panel_bytes(int R) const {
+    if (is_quantised(kind)) return size_t(slabs()) * slab_bytes(R);
+    return size_t(R) * cols * (kind == WeightKind::f32 ? 4 : 2);
+  }
+  size_t total_bytes() const {
+    size_t n = 0;
+    for (int r = 0; r < padded_rows(); r += panel_rows) {
+      int R = padded_rows() - r < panel_rows ? padded_rows() - r : panel_rows;
+      n += panel_bytes(R);
+    }
+    return n;
+  }
+};
+
+// Activations quantised to int8 in blocks of 32 inputs: x[j] ~ scale[j / 32] * q[j], |q| <= 127; padded columns are 0.
+// For n vectors each array is row-major with the stride given.
+struct QuantVector {
+  const int8_t* q = nullptr;       // [padded_cols]
+  const float* scale = nullptr;    // [slabs]
+  const int32_t* sum = nullptr;    // [2 * slabs]: sums of q over each 16 inputs
+};
+
+}  // namespace sr

@@ -1,0 +1,150 @@
+// Matrix products on stored panels, one tile and one slab at a time. gemv is gemm of one vector.
+#include <cmath>
+#include <cstring>
+
+#include "kernels/f16.h"
+#include "kernels/generic/generic.h"
+#include "kernels/panels.h"
+
+namespace sr {
+namespace generic {
+namespace {
+
+// One tile x one slab, unpacked: signed codes u - bias, scales, and minima moved to that bias.
+struct TileSlab {
+  int8_t w[kSlabCols][kTileRows];
+  float scale[2][kTileRows];
+  float min[2][kTileRows];
+};
+
+float half_at(const uint8_t* p, size_t i) {
+  uint16_t h;
+  std::memcpy(&h, p + 2 * i, 2);
+  return f16_to_f32(h);
+}
+
+void unpack(const PanelMatrix& m, const TilePlace& at, int slab_index, TileSlab* out) {
+  const uint8_t* slab = at.panel + size_t(slab_index) * m.slab_bytes(at.R);
+  const int parts = kSlabCols / m.group, bias = code_bias(m.kind);
+  for (int p = 0; p < parts; ++p)
+    for (int i = 0; i < kTileRows; ++i) {
+      out->scale[p][i] = half_at(slab, size_t(p) * at.R + at.row + i);
+      out->min[p][i] = m.has_min
+                           ? std::fma(out->scale[p][i], float(bias), half_at(slab, size_t(parts + p) * at.R + at.row + i))
+                           : 0.0f;
+    }
+  const size_t run_bytes = m.run_bytes(at.R);
+  const uint8_t* run = slab + m.slab_head_bytes(at.R);
+  for (int c = 0; c < kSlabCols; ++c, run += run_bytes) {
+    int8_t* w = out->w[c];
+    if (m.kind == WeightKind::q8) {
+      for (int i = 0; i < kTileRows; ++i) w[i] = int8_t(run[at.row + i] - 128);
+      continue;
+    }
+    const uint8_t* low = run + at.row / 2;
+    int u[kTileRows];
+    for (int i = 0; i < 32; ++i) {
+      u[i] = low[i] & 15;
+      u[i + 32] = low[i] >> 4;
+    }
+    if (m.kind == WeightKind::q5) {
+      const uint8_t* high = run + at.R / 2 + at.row / 8;
+      for (int i = 0; i < kTileRows; ++i) u[i] |= (high[i % 8] >> (i / 8) & 1) << 4;
+    } else if (m.kind == WeightKind::q6) {
+      const uint8_t* high = run + at.R / 2 + at.row / 4;
+      for (int i = 0; i < kTileRows; ++i) u[i] |= (high[i % 16] >> (i / 16 * 2) & 3) << 4;
+    }
+    for (int i = 0; i < kTileRows; ++i) w[i] = int8_t(u[i] - bias);
+  }
+}
+
+// y[0..63] += the slab's share for one vector; columns in [0, 32) chosen by cols[0..count), or all if cols is null.
+void accumulate(const PanelMatrix& m, const TileSlab& t, const int8_t* q, float x_scale, const int32_t* x_sum,
+                const uint8_t* cols, int count, float* y) {
+  const int parts = kSlabCols / m.group;
+  int32_t acc[2][kTileRows] = {};
+  for (int i = 0; i < count; ++i) {
+    const int c = cols ? cols[i] : i;
+    int32_t* a = acc[c / m.group];
+    const int32_t x = q[c];
+    for (int r = 0; r < kTileRows; ++r) a[r] += x * t.w[c][r];
+  }
+  for (int p = 0; p < parts; ++p) {
+    const float sum = x_scale * float(parts == 1 ? x_sum[0] + x_sum[1] : x_sum[p]);
+    for (int r = 0; r < kTileRows; ++r) {
+      y[r] = std::fma(float(acc[p][r]) * t.scale[p][r], x_scale, y[r]);
+      if (m.has_min) y[r] = std::fma(t.min[p][r], sum, y[r]);
+    }
+  }
+}
+
+float load_float(WeightKind kind, const uint8_t* p, size_t i) {
+  if (kind == WeightKind::f32) {
+    float f;
+    std::memcpy(&f, p + 4 * i, 4);
+    return f;
+  }
+  uint16_t h;
+  std::memcpy(&h, p + 2 * i, 2);
+  return kind == WeightKind::f16 ? f16_to_f32(h) : bf16_to_f32(h);
+}
+
+}  // namespace
+
+void gemm_q(const PanelMatrix& w, const QuantVector& x, int n, int tile_begin, int tile_end, float* y, size_t ldy,
+            void*) {
+  const int slabs = w.slabs(), padded = w.padded_cols();
+  TileSlab t;
+  for (int tile = tile_begin; tile < tile_end; ++tile) {
+    const TilePlace at = place_tile(w, tile);
+    for (int v = 0; v < n; ++v) std::memset(y + v * ldy + size_t(tile) * kTileRows, 0, kTileRows * sizeof(float));
+    for (int s = 0; s < slabs; ++s) {
+      unpack(w, at, s, &t);
+      for (int v = 0; v < n; ++v)
+        accumulate(w, t, x.q + size_t(v) * padded + s * kSlabCols, x.scale[size_t(v) * slabs + s],
+                   x.sum + 2 * (size_t(v) * slabs + s), nullptr, kSlabCols, y + v * ldy + size_t(tile) * kTileRows);
+    }
+  }
+}
+
+void gemv_q(const PanelMatrix& w, const QuantVector& x, int tile_begin, int tile_end, float* y) {
+  gemm_q(w, x, 1, tile_begin, tile_end, y, 0, nullptr);
+}
+
+void gemv_q_cols(const PanelMatrix& w, const QuantVector& x, const ActiveColumns& active, int tile_begin, int tile_end,
+                 float* y) {
+  TileSlab t;
+  for (int tile = tile_begin; tile < tile_end; ++tile) {
+    const TilePlace at = place_tile(w, tile);
+    float* out = y + size_t(tile) * kTileRows;
+    std::memset(out, 0, kTileRows * sizeof(float));
+    for (int s = 0; s < w.slabs(); ++s) {
+      if (active.count[s] == 0) continue;
+      unpack(w, at, s, &t);
+      accumulate(w, t, x.q + s * kSlabCols, x.scale[s], x.sum + 2 * s, active.cols + s * kSlabCols, active.count[s],
+                 out);
+    }
+  }
+}
+
+void gemm_f(const PanelMatrix& w, const float* x, size_t ldx, int n, int tile_begin, int tile_end, float* y, size_t ldy,
+            void*) {
+  for (int tile = tile_begin; tile < tile_end; ++tile) {
+    const TilePlace at = place_tile(w, tile);
+    const size_t base = size_t(at.row) * w.cols;
+    for (int v = 0; v < n; ++v) {
+      float acc[kTileRows] = {};
+      for (int c = 0; c < w.cols; ++c)
+        for (int r = 0; r < kTileRows; ++r)
+          acc[r] = std::fma(load_float(w.kind, at.panel, base + size_t(c) * kTileRows + r), x[v * ldx + c], acc[r]);
+      std::memcpy(y + v * ldy + size_t(tile) * kTileRows, acc, sizeof acc);
+    }
+  }
+}
+
+void gemv_f(const PanelMatrix& w, const float* x, int tile_begin, int tile_end, float* y) {
+  gemm_f(w, x, 0, 1, tile_begin, tile_end, y, 0, nullptr);
+}
+
+}  // namespace generic
+}  // namespace sr

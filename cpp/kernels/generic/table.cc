@@ -1,0 +1,14 @@
+// The generic table: plain C++, readable, the oracle of all other instruction sets.
+#include "kernels/generic/generic.h"
+
+namespace sr {
+
+const KernelTable& generic_table() {
+  static const KernelTable table = {"generic",        generic::quantise, generic::gemv_q,     generic::gemv_q_cols,
+                                    generic::gemv_f,  generic::gemm_q,   generic::gemm_f,     generic::rms_norm,
+                                    generic::layer_norm, generic::activate, generic::attend, generic::to_f16,
+                                    generic::read_sum};
+  return table;
+}
+
+}  // namespace sr

@@ -1,0 +1,153 @@
+// Packs weights into panels and reads them back; see models/format.md for the layout.
+#include "kernels/pack/pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels/f16.h"
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+constexpr const char* kNames[] = {"q4", "q5", "q6", "q8", "f32", "f16", "bf16"};
+
+PanelMatrix one_panel(WeightKind kind, int rows, int cols, int group, bool has_min) {
+  PanelMatrix m;
+  m.kind = kind;
+  m.has_min = has_min;
+  m.group = group;
+  m.rows = rows;
+  m.cols = cols;
+  m.panel_rows = m.padded_rows();
+  return m;
+}
+
+// Puts code u of row r into the run of one column of a panel with R rows.
+void put_code(WeightKind kind, uint8_t* run, int R, int r, unsigned u) {
+  const int tile = r / kTileRows, i = r % kTileRows;
+  if (kind == WeightKind::q8) {
+    run[r] = uint8_t(u);
+    return;
+  }
+  run[tile * 32 + i % 32] |= uint8_t((u & 15) << (i / 32 * 4));
+  uint8_t* high = run + R / 2;
+  if (kind == WeightKind::q5) high[tile * 8 + i % 8] |= uint8_t((u >> 4) << (i / 8));
+  if (kind == WeightKind::q6) high[tile * 16 + i % 16] |= uint8_t((u >> 4) << (i / 16 * 2));
+}
+
+unsigned get_code(WeightKind kind, const uint8_t* run, int R, int r) {
+  const int tile = r / kTileRows, i = r % kTileRows;
+  if (kind == WeightKind::q8) return run[r];
+  unsigned u = run[tile * 32 + i % 32] >> (i / 32 * 4) & 15;
+  const uint8_t* high = run + R / 2;
+  if (kind == WeightKind::q5) u |= unsigned(high[tile * 8 + i % 8] >> (i / 8) & 1) << 4;
+  if (kind == WeightKind::q6) u |= unsigned(high[tile * 16 + i % 16] >> (i / 16 * 2) & 3) << 4;
+  return u;
+}
+
+float load_float(WeightKind kind, const uint8_t* p, size_t i) {
+  if (kind == WeightKind::f32) {
+    float f;
+    std::memcpy(&f, p + 4 * i, 4);
+    return f;
+  }
+  uint16_t h;
+  std::memcpy(&h, p + 2 * i, 2);
+  return kind == WeightKind::f16 ? f16_to_f32(h) : bf16_to_f32(h);
+}
+
+float load_half(const uint8_t* p, size_t i) {
+  uint16_t h;
+  std::memcpy(&h, p + 2 * i, 2);
+  return f16_to_f32(h);
+}
+
+// Weight (r, c) of a panel with R rows.
+float panel_weight(const PanelMatrix& m, const uint8_t* panel, int R, int r, int c) {
+  if (!is_quantised(m.kind)) {
+    const size_t tile = size_t(r / kTileRows) * m.cols * kTileRows;
+    return load_float(m.kind, panel, tile + size_t(c) * kTileRows + r % kTileRows);
+  }
+  const uint8_t* slab = panel + size_t(c / kSlabCols) * m.slab_bytes(R);
+  const int part = c % kSlabCols / m.group, parts = kSlabCols / m.group;
+  const float scale = load_half(slab, size_t(part) * R + r);
+  const uint8_t* run = slab + m.slab_head_bytes(R) + size_t(c % kSlabCols) * m.run_bytes(R);
+  const int u = int(get_code(m.kind, run, R, r));
+  if (!m.has_min) return scale * float(u - code_bias(m.kind));
+  return std::fma(scale, float(u), load_half(slab, size_t(parts + part) * R + r));
+}
+
+}  // namespace
+
+WeightKind weight_kind_from_name(const std::string& name) {
+  for (int i = 0; i < 7; ++i)
+    if (name == kNames[i]) return WeightKind(i);
+  throw Error(ErrorCode::usage, "unknown weight kind '" + name + "'; known: q4 q5 q6 q8 f32 f16 bf16");
+}
+
+const char* weight_kind_name(WeightKind kind) { return kNames[int(kind)]; }
+
+size_t panel_bytes(WeightKind kind, int rows, int cols, int group, bool has_min) {
+  const PanelMatrix m = one_panel(kind, rows, cols, group, has_min);
+  return m.panel_bytes(m.padded_rows());
+}
+
+void pack_panel(WeightKind kind, const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int rows, int cols,
+                int group, uint8_t* out) {
+  SR_CHECK(is_quantised(kind) && (group == 16 || group == 32) && rows > 0 && cols > 0);
+  const PanelMatrix m = one_panel(kind, rows, cols, group, mins != nullptr);
+  const int R = m.padded_rows(), parts = kSlabCols / group, groups = (cols + group - 1) / group;
+  std::memset(out, 0, m.panel_bytes(R));
+  for (int s = 0; s < m.slabs(); ++s) {
+    uint8_t* slab = out + size_t(s) * m.slab_bytes(R);
+    uint16_t* head = reinterpret_cast<uint16_t*>(slab);
+    for (int part = 0; part < parts; ++part) {
+      const int g = s * parts + part;
+      if (g >= groups) continue;
+      for (int r = 0; r < rows; ++r) head[size_t(part) * R + r] = scales[size_t(r) * groups + g];
+      if (mins)
+        for (int r = 0; r < rows; ++r) head[size_t(parts + part) * R + r] = mins[size_t(r) * groups + g];
+    }
+    const int width = std::min(kSlabCols, cols - s * kSlabCols);
+    uint8_t* runs = slab + m.slab_head_bytes(R);
+    // Row by row, so that the source is read in order.
+    for (int r = 0; r < rows; ++r) {
+      const uint8_t* row = codes + size_t(r) * cols + size_t(s) * kSlabCols;
+      for (int c = 0; c < width; ++c) put_code(kind, runs + c * m.run_bytes(R), R, r, row[c]);
+    }
+  }
+}
+
+void pack_panel_float(WeightKind kind, const float* values, int rows, int cols, uint8_t* out) {
+  SR_CHECK(!is_quantised(kind) && rows > 0 && rows <= kTileRows && cols > 0);
+  for (int c = 0; c < cols; ++c)
+    for (int r = 0; r < kTileRows; ++r) {
+      const float v = r < rows ? values[size_t(r) * cols + c] : 0.0f;
+      const size_t i = size_t(c) * kTileRows + r;
+      if (kind == WeightKind::f32) {
+        std::memcpy(out + 4 * i, &v, 4);
+      } else {
+        const uint16_t h = kind == WeightKind::f16 ? f32_to_f16(v) : f32_to_bf16(v);
+        std::memcpy(out + 2 * i, &h, 2);
+      }
+    }
+}
+
+void unpack_panel(WeightKind kind, const uint8_t* data, int rows, int cols, int group, bool has_min, float* out) {
+  const PanelMatrix m = one_panel(kind, rows, cols, group, has_min);
+  const int R = m.padded_rows();
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < cols; ++c) out[size_t(r) * cols + c] = panel_weight(m, data, R, r, c);
+}
+
+void unpack_row(const PanelMatrix& w, int row, float* out) {
+  const int first = row / w.panel_rows * w.panel_rows;
+  const int R = std::min(w.panel_rows, w.padded_rows() - first);
+  const uint8_t* panel = w.data + size_t(row / w.panel_rows) * w.panel_bytes(w.panel_rows);
+  for (int c = 0; c < w.cols; ++c) out[c] = panel_weight(w, panel, R, row - first, c);
+}
+
+}  // namespace sr

@@ -1,0 +1,233 @@
+// Matrix-vector products on stored panels, dense and on active columns, for any Vec.
+//
+// One slab (32 columns) at a time; inside it tile after tile (64 rows), all columns of the slab into registers, four
+// columns an instruction. The columns of a slab are up to 32 streams that advance by half a line a tile; the lines of
+// the next slab are prefetched meanwhile, so that DRAM sees one long request queue whatever columns are skipped.
+// The dense product is the product on all columns: the same code, the same sums, the same bits.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/panels.h"
+#include "kernels/table.h"
+
+namespace sr {
+namespace simd {
+
+// The columns of one slab that are visited, as offsets into the slab's runs, in quads; per scale group.
+struct SlabPlan {
+  uint32_t off[2 * kSlabCols];
+  uint32_t x4[2 * kSlabCols / 4];
+  int quads[2];  // per group; the second group's quads follow the first's
+  int columns;   // distinct columns, for the prefetcher
+};
+
+// Columns cols[0..count) (ascending; null = all 32) of a slab whose runs are run_bytes apart. A group's last quad is
+// filled up with an input of 0 on a column that is read anyway.
+static void plan_slab(const int8_t* q, const uint8_t* cols, int count, int group, uint32_t run_bytes, SlabPlan* plan) {
+  if (!cols) {
+    for (int c = 0; c < kSlabCols; ++c) plan->off[c] = c * run_bytes;
+    std::memcpy(plan->x4, q, kSlabCols);
+    plan->quads[0] = group / 4;
+    plan->quads[1] = group == 16 ? 4 : 0;
+    plan->columns = kSlabCols;
+    return;
+  }
+  int n = 0, i = 0;
+  for (int part = 0; part < kSlabCols / group; ++part) {
+    const int start = n;
+    for (; i < count && cols[i] < (part + 1) * group; ++i, ++n) {
+      plan->off[n] = cols[i] * run_bytes;
+      reinterpret_cast<int8_t*>(plan->x4)[n] = q[cols[i]];
+    }
+    if (n > start)
+      for (; n % 4; ++n) {
+        plan->off[n] = plan->off[n - 1];
+        reinterpret_cast<int8_t*>(plan->x4)[n] = 0;
+      }
+    plan->quads[part] = (n - start) / 4;
+  }
+  if (group == 32) plan->quads[1] = 0;
+  plan->columns = n;
+}
+
+template <class V, int BITS>
+struct Panel {
+  static constexpr int kLow = BITS == 8 ? 64 : 32;                     // bytes of a tile in the first plane of a run
+  static constexpr int kHigh = BITS == 5 ? 8 : BITS == 6 ? 16 : 0;  // and in the second
+};
+
+// y[0..63] = fma(sum * scale, x_scale, y), and the minimum's share.
+template <class V, int BITS, bool MIN>
+inline void add_slab(typename V::template Acc<BITS>& acc, const uint16_t* scale, const uint16_t* min, float x_scale,
+                     float x_sum, float* y) {
+  constexpr int N = kTileRows / V::kLanes;
+  typename V::F f[N];
+  acc.to_float(f);
+  const auto xs = V::set1(x_scale), sum = V::set1(x_sum), bias = V::set1(float(1 << (BITS - 1)));
+  for (int k = 0; k < N; ++k) {
+    const auto s = V::load_f16(scale + k * V::kLanes);
+    auto out = V::fma(V::mul(f[k], s), xs, V::load(y + k * V::kLanes));
+    if (MIN) out = V::fma(V::fma(s, bias, V::load_f16(min + k * V::kLanes)), sum, out);
+    V::store(y + k * V::kLanes, out);
+  }
+}
+
+template <class V, int BITS, bool MIN, int GROUP, int QUADS>
+inline void tile_slab(const uint8_t* low, const uint8_t* high, const uint32_t* off, const uint32_t* x4, int quads,
+                      int32_t start, const uint16_t* scale, const uint16_t* min, float x_scale, float x_sum, float* y) {
+  typename V::template Acc<BITS> acc;
+  acc.init(start);
+  if (QUADS > 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < QUADS; ++i) acc.add4(low, high, off + 4 * i, x4[i]);
+  } else {
+    for (int i = 0; i < quads; ++i) acc.add4(low, high, off + 4 * i, x4[i]);
+  }
+  add_slab<V, BITS, MIN>(acc, scale, min, x_scale, x_sum, y);
+}
+
+// Prefetches one tile's share of the next slab: 64-byte lines of the columns in off.
+SR_INLINE void prefetch_columns(const uint8_t* runs, const uint32_t* off, int begin, int end) {
+  for (int c = begin; c < end; ++c) __builtin_prefetch(runs + off[c], 0, 2);
+}
+
+template <class V, int BITS, bool MIN, int GROUP>
+void gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, const uint8_t* panel, int R,
+                  int row, int tiles, float* y) {
+  using P = Panel<V, BITS>;
+  constexpr int kParts = kSlabCols / GROUP;
+  const int slabs = w.slabs();
+  const size_t slab_bytes = w.slab_bytes(R), head = w.slab_head_bytes(R), run_bytes = w.run_bytes(R);
+  std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
+  SlabPlan plans[2];
+  auto plan = [&](int s) {
+    plan_slab(x.q + s * kSlabCols, active ? active->cols + s * kSlabCols : nullptr, active ? active->count[s] : 0, GROUP,
+              uint32_t(run_bytes), &plans[s & 1]);
+  };
+  plan(0);
+  for (int s = 0; s < slabs; ++s) {
+    const SlabPlan& now = plans[s & 1];
+    const SlabPlan* next = nullptr;
+    if (s + 1 < slabs) {
+      plan(s + 1);
+      next = &plans[(s + 1) & 1];
+    }
+    const uint8_t* slab = panel + size_t(s) * slab_bytes;
+    const uint8_t* low = slab + head + size_t(row / kTileRows) * P::kLow;
+    const uint8_t* high = slab + head + R / 2 + size_t(row / kTileRows) * P::kHigh;
+    const uint16_t* scale = reinterpret_cast<const uint16_t*>(slab) + row;
+    const bool empty = now.columns == 0;
+    for (int t = 0; t < tiles; ++t) {
+      if (next && next->columns) {
+        // A line holds two tiles of 4-bit runs: each tile fetches the lines of half of the columns.
+        const int half = P::kLow == 32 ? (next->columns + 1) / 2 : next->columns;
+        const bool odd = P::kLow == 32 && t % 2;
+        prefetch_columns(low + slab_bytes + size_t(t) * P::kLow, next->off, odd ? half : 0, odd ? next->columns : half);
+        if (P::kHigh && t % (64 / std::max(P::kHigh, 1)) == 0)
+          prefetch_columns(high + slab_bytes + size_t(t) * P::kHigh, next->off, 0, next->columns);
+        const uint8_t* heads = reinterpret_cast<const uint8_t*>(scale + size_t(t) * kTileRows) + slab_bytes;
+        for (int p = 0; p < kParts * (MIN ? 2 : 1); ++p, heads += size_t(R) * 2) {
+          __builtin_prefetch(heads, 0, 2);
+          __builtin_prefetch(heads + 64, 0, 2);
+        }
+      }
+      if (empty) continue;
+      const uint8_t* l = low + size_t(t) * P::kLow;
+      const uint8_t* h = high + size_t(t) * P::kHigh;
+      float* out = y + size_t(t) * kTileRows;
+      int first = 0;
+      for (int p = 0; p < kParts; ++p) {
+        const int quads = now.quads[p];
+        if (quads == 0) continue;
+        const int32_t sum = kParts == 1 ? x.sum[2 * s] + x.sum[2 * s + 1] : x.sum[2 * s + p];
+        const uint16_t* sc = scale + size_t(p) * R + size_t(t) * kTileRows;
+        const uint16_t* mn = scale + size_t(kParts + p) * R + size_t(t) * kTileRows;
+        const float xs = x.scale[s], x_sum = xs * float(sum);
+        if (quads == GROUP / 4)
+          tile_slab<V, BITS, MIN, GROUP, GROUP / 4>(l, h, now.off + 4 * first, now.x4 + first, quads,
+                                                    -(sum << (BITS - 1)), sc, mn, xs, x_sum, out);
+        else
+          tile_slab<V, BITS, MIN, GROUP, 0>(l, h, now.off + 4 * first, now.x4 + first, quads, -(sum << (BITS - 1)), sc,
+                                            mn, xs, x_sum, out);
+        first += quads;
+      }
+    }
+  }
+}
+
+// Calls fn<BITS, MIN, GROUP> for the layout of w.
+template <template <class, int, bool, int> class Fn, class V, class... Args>
+inline void dispatch_layout(const PanelMatrix& w, Args&&... args) {
+  auto with = [&](auto bits) {
+    constexpr int B = decltype(bits)::value;
+    if (w.group == 32) {
+      if (w.has_min) Fn<V, B, true, 32>::run(w, args...);
+      else Fn<V, B, false, 32>::run(w, args...);
+    } else {
+      if (w.has_min) Fn<V, B, true, 16>::run(w, args...);
+      else Fn<V, B, false, 16>::run(w, args...);
+    }
+  };
+  switch (w.kind) {
+    case WeightKind::q4: with(std::integral_constant<int, 4>()); break;
+    case WeightKind::q5: with(std::integral_constant<int, 5>()); break;
+    case WeightKind::q6: with(std::integral_constant<int, 6>()); break;
+    default: with(std::integral_constant<int, 8>()); break;
+  }
+}
+
+template <class V, int BITS, bool MIN, int GROUP>
+struct GemvLayout {
+  static void run(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, int tile_begin, int tile_end,
+                  float* y) {
+    for_each_stretch(w, tile_begin, tile_end, [&](const uint8_t* panel, int R, int row, int tiles, int y_row) {
+      gemv_stretch<V, BITS, MIN, GROUP>(w, x, active, panel, R, row, tiles, y + y_row);
+    });
+  }
+};
+
+template <class V>
+void gemv_q(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, int tile_begin, int tile_end,
+            float* y) {
+  dispatch_layout<GemvLayout, V>(w, x, active, tile_begin, tile_end, y);
+}
+
+// Float weights: a tile is a contiguous [cols, 64] block; one pass with the 64 sums in registers.
+template <class V, int KIND>
+inline typename V::F load_weight(const uint8_t* p, size_t i) {
+  if constexpr (KIND == int(WeightKind::f32)) return V::load(reinterpret_cast<const float*>(p) + i);
+  if constexpr (KIND == int(WeightKind::f16)) return V::load_f16(reinterpret_cast<const uint16_t*>(p) + i);
+  if constexpr (KIND == int(WeightKind::bf16)) return V::load_bf16(reinterpret_cast<const uint16_t*>(p) + i);
+}
+
+template <class V, int KIND>
+void gemv_float_tile(const uint8_t* tile, const float* x, int cols, float* y) {
+  constexpr int N = kTileRows / V::kLanes;
+  typename V::F acc[N];
+  for (int k = 0; k < N; ++k) acc[k] = V::zero();
+  for (int c = 0; c < cols; ++c) {
+    const auto xc = V::set1(x[c]);
+    for (int k = 0; k < N; ++k)
+      acc[k] = V::fma(load_weight<V, KIND>(tile, size_t(c) * kTileRows + k * V::kLanes), xc, acc[k]);
+  }
+  for (int k = 0; k < N; ++k) V::store(y + k * V::kLanes, acc[k]);
+}
+
+template <class V>
+void gemv_f(const PanelMatrix& w, const float* x, int tile_begin, int tile_end, float* y) {
+  const size_t item = w.kind == WeightKind::f32 ? 4 : 2;
+  for (int t = tile_begin; t < tile_end; ++t) {
+    const TilePlace at = place_tile(w, t);
+    const uint8_t* tile = at.panel + size_t(at.row) * w.cols * item;
+    float* out = y + size_t(t) * kTileRows;
+    if (w.kind == WeightKind::f32) gemv_float_tile<V, int(WeightKind::f32)>(tile, x, w.cols, out);
+    else if (w.kind == WeightKind::f16) gemv_float_tile<V, int(WeightKind::f16)>(tile, x, w.cols, out);
+    else gemv_float_tile<V, int(WeightKind::bf16)>(tile, x, w.cols, out);
+  }
+}
+
+}  // namespace simd
+}  // namespace sr
