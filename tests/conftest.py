@@ -74,7 +74,7 @@ def smollm2_gguf(shared_dir: Path) -> Path:
     script = shared_dir / "models" / "fetch_models.sh"
     try:
         done = subprocess.run(
-            ["bash", str(script), str(_CACHE), "smollm2"], capture_output=True, text=True, timeout=600
+            ["bash", str(script), str(_CACHE), "smollm2"], check=False, capture_output=True, text=True, timeout=600
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         unavailable(f"SmolLM2 cannot be fetched: {error}")
@@ -141,6 +141,7 @@ def run_cli() -> RunCli:
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*prefix, sys.executable, "-m", "sparse_run", *map(str, args)],
+            check=False,
             capture_output=True,
             encoding="utf-8",
             env={**os.environ, **(env or {})},

@@ -20,16 +20,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from llama_gguf import LlamaShape, TensorSource, byte_level_vocabulary, write_llama_gguf  # noqa: E402
+from llama_gguf import LlamaShape, TensorSource, byte_level_vocabulary, write_llama_gguf
 
 SHAPES = {
     "tiny": LlamaShape(n_layers=2, n_embd=256, n_heads=4, n_kv_heads=2, head_dim=64, n_ff=768, n_vocab=1024),
     "1b": LlamaShape(
-        n_layers=16, n_embd=2048, n_heads=32, n_kv_heads=8, head_dim=64, n_ff=8192, n_vocab=128256, n_ctx=131072,
+        n_layers=16,
+        n_embd=2048,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=64,
+        n_ff=8192,
+        n_vocab=128256,
+        n_ctx=131072,
         rope_theta=500000.0,
     ),
     "3b": LlamaShape(
-        n_layers=28, n_embd=3072, n_heads=24, n_kv_heads=8, head_dim=128, n_ff=8192, n_vocab=128256, n_ctx=131072,
+        n_layers=28,
+        n_embd=3072,
+        n_heads=24,
+        n_kv_heads=8,
+        head_dim=128,
+        n_ff=8192,
+        n_vocab=128256,
+        n_ctx=131072,
         rope_theta=500000.0,
     ),
 }
@@ -142,7 +156,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
     parser.add_argument("--type", choices=TYPES, default="q4_0", help="type of all matrices")
-    parser.add_argument("--head-type", choices=TYPES, help="type of the embedding, which is also the head (default: --type)")
+    parser.add_argument(
+        "--head-type", choices=TYPES, help="type of the embedding, which is also the head (default: --type)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     make(args.out, args.shape, args.type, args.head_type or args.type, args.seed, lambda s: print(s, file=sys.stderr))

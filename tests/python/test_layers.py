@@ -15,7 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 CPP = ROOT / "cpp"
 
 # A folder may include itself and every folder with a smaller number; those with the same number do not see each other.
-LEVEL = {"include": 0, "base": 1, "kernels": 2, "format": 2, "model": 3, "sparse": 3, "flash": 3, "engine": 4, "bindings": 5}
+LEVEL = {
+    "include": 0,
+    "base": 1,
+    "kernels": 2,
+    "format": 2,
+    "model": 3,
+    "sparse": 3,
+    "flash": 3,
+    "engine": 4,
+    "bindings": 5,
+}
 ISA_FOLDERS = ("generic", "avx2", "avx512", "neon")
 MAX_LINES = 600
 
@@ -61,7 +71,9 @@ def violations(source: Path, text: str) -> list[str]:
             mine, theirs = folder_of(source), folder_of(target)
             if mine != theirs and LEVEL[theirs] >= LEVEL[mine]:
                 out.append(f"{where}: {mine} may not know {theirs}")
-            inner = [p.relative_to(CPP / "kernels").parts[0] for p in (source, target) if p.is_relative_to(CPP / "kernels")]
+            inner = [
+                p.relative_to(CPP / "kernels").parts[0] for p in (source, target) if p.is_relative_to(CPP / "kernels")
+            ]
             if len(inner) == 2 and inner[1] in ISA_FOLDERS and inner[0] != inner[1]:
                 out.append(f"{where}: only {inner[1]} itself may include its files")
     return out
@@ -103,7 +115,9 @@ def test_the_check_itself_finds_a_wrong_include(source: str, include: str, monke
 def test_no_file_is_longer_than_the_limit() -> None:
     files = sources(*CODE)
     assert len(files) > 30
-    long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text(encoding="utf-8").splitlines())) > MAX_LINES}
+    long = {
+        str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
     assert not long, f"longer than {MAX_LINES} lines: {long}"
 
 

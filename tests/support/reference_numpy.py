@@ -166,9 +166,7 @@ def load_llama2c(path: Path) -> ReferenceLlama:
     head = take(vocab, dim) if untied else embedding
     if at != len(data):
         raise ValueError(f"{path}: {len(data) - at} numbers left over")
-    layers = [
-        Layer(rms_att[i], wq[i], wk[i], wv[i], wo[i], rms_ffn[i], w1[i], w3[i], w2[i]) for i in range(n_layers)
-    ]
+    layers = [Layer(rms_att[i], wq[i], wk[i], wv[i], wo[i], rms_ffn[i], w1[i], w3[i], w2[i]) for i in range(n_layers)]
     return ReferenceLlama(n_heads, n_kv_heads, head_dim, 1e-5, 10000.0, embedding, layers, final_norm, head)
 
 
