@@ -1,0 +1,180 @@
+"""Prompt and decode speed: random token ids, one value a repetition, so that another engine can be measured the same way.
+
+The protocol: a warm-up of 16 tokens; each prompt repetition evaluates the whole prompt into an empty cache; decode
+starts after 16 tokens and evaluates given tokens one at a time, on and on through all repetitions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import Error, UsageError
+from .memory import major_faults, peak_rss_bytes, reset_peak_rss
+
+WARM_UP = 16
+HASHED = 32  # greedy tokens that the hash covers
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What one benchmark found; rates are tokens per second, one a repetition; GB are 10**9 bytes."""
+
+    model: str
+    threads: int
+    isa: str
+    prompt: int
+    gen: int
+    reps: int
+    prompt_tokens_per_s: list[float]
+    decode_tokens_per_s: list[float]
+    prompt_median: float
+    decode_median: float
+    bytes_per_token: int
+    """Weight bytes that decoding one token reads."""
+    gb_per_s: float
+    """`bytes_per_token` times the median decode rate."""
+    stream_gb_per_s: float
+    """The machine's own read rate with the same threads, median, measured right after."""
+    weight_bytes: int
+    kv_bytes: int
+    peak_rss_bytes: int
+    """Peak resident size from loading to the last decoded token, mapped weights included."""
+    major_faults: int
+    load_seconds: float
+    token_hash: str
+    """Of 32 greedy tokens: changes only when the computation does."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    prompt: int = 256,
+    gen: int = 64,
+    reps: int = 5,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BenchResult:
+    """Measures a packed model.
+
+    Args:
+        path: packed model directory.
+        threads: computing threads; None takes the default of this machine.
+        prompt: tokens of the prompt. gen: tokens decoded in a repetition. reps: repetitions of both.
+        progress: called as progress(what, done, total) between measurements.
+
+    Raises:
+        UsageError: a number is below 1. ModelError: the model cannot be read.
+
+    >>> bench("packed/", threads=2, reps=1).decode_median  # doctest: +SKIP
+    123.4
+    """
+    import numpy as np
+
+    from .. import _core
+
+    for name, value in (("prompt", prompt), ("gen", gen), ("reps", reps)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+
+    steps = 2 * reps + 3
+    done = 0
+
+    def tick(what: str) -> None:
+        nonlocal done
+        if progress is not None:
+            progress(what, done, steps)
+        done += 1
+
+    tick("loading")
+    reset_peak_rss()
+    faults = major_faults()
+    start = time.perf_counter()
+    model = _core.Model(str(path), threads or 0)
+    try:
+        load_seconds = time.perf_counter() - start
+        config = json.loads(model.config_json)
+        ids = random_tokens(prompt, int(config["n_vocab"]))
+        warm = ids[:WARM_UP]
+        session = _core.Session(model, prompt + gen * reps + 64)
+        session.eval(warm)
+
+        prompt_rates, decode_rates = [], []
+        for _ in range(reps):
+            tick("prompt")
+            session.truncate(0)
+            start = time.perf_counter()
+            session.eval(ids)
+            prompt_rates.append(prompt / (time.perf_counter() - start))
+        session.truncate(0)
+        session.eval(warm)
+        single = [ids[i % prompt : i % prompt + 1] for i in range(gen)]
+        for _ in range(reps):
+            tick("decode")
+            start = time.perf_counter()
+            for one in single:
+                session.eval(one)
+            decode_rates.append(gen / (time.perf_counter() - start))
+        peak, faults = peak_rss_bytes(), major_faults() - faults
+
+        if not np.isfinite(session.logits()).all():
+            raise Error(f"{path}: the model's logits are not finite numbers; convert it again with `sparse-run convert`")
+        tick("token hash")
+        token_hash = greedy_hash(session, warm)
+        tick("memory read rate")
+        stream = statistics.median(_core.stream_gb_per_s(model.threads))
+        tick("done")
+        decode_median = statistics.median(decode_rates)
+        return BenchResult(
+            model=str(config.get("name") or Path(path).name),
+            threads=model.threads,
+            isa=model.isa,
+            prompt=prompt,
+            gen=gen,
+            reps=reps,
+            prompt_tokens_per_s=prompt_rates,
+            decode_tokens_per_s=decode_rates,
+            prompt_median=statistics.median(prompt_rates),
+            decode_median=decode_median,
+            bytes_per_token=model.bytes_per_token,
+            gb_per_s=model.bytes_per_token * decode_median / 1e9,
+            stream_gb_per_s=stream,
+            weight_bytes=model.weight_bytes,
+            kv_bytes=session.kv_bytes,
+            peak_rss_bytes=peak,
+            major_faults=faults,
+            load_seconds=load_seconds,
+            token_hash=token_hash,
+        )
+    finally:
+        model.close()
+
+
+def random_tokens(count: int, n_vocab: int) -> Any:
+    """The token ids that are evaluated, int32 [count]; the same for every engine."""
+    import numpy as np
+
+    low = 100 if n_vocab > 101 else 0
+    return np.random.default_rng(0).integers(low, min(20000, n_vocab), count).astype(np.int32)
+
+
+def greedy_hash(session: Any, warm: Any) -> str:
+    """Sixteen hexadecimal digits of the tokens that follow `warm` greedily."""
+    import numpy as np
+
+    from .. import _core
+
+    session.truncate(0)
+    session.eval(warm)
+    sampler = _core.Sampler(temperature=0.0)
+    tokens = [session.step(sampler) for _ in range(min(HASHED, session.n_ctx - len(warm)))]
+    return hashlib.sha256(np.asarray(tokens, dtype="<i4").tobytes()).hexdigest()[:16]

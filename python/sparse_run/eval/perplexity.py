@@ -1,0 +1,121 @@
+"""Perplexity as llama.cpp's tool measures it: the text is cut into chunks of `ctx` tokens, each begins with BOS where the
+model asks for it, and only the second half of a chunk is scored, where every token has at least half a chunk before it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Error, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .. import _core
+
+# Logits held at a time: enough rows for the matrix-matrix kernels, bounded for vocabularies of a quarter million.
+_LOGIT_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """`perplexity` is exp(`nll`); `nll` is the mean negative log-likelihood of a scored token, in nats."""
+
+    perplexity: float
+    nll: float
+    tokens_scored: int
+    ctx: int
+    chunks: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def perplexity(
+    model: _core.Model,
+    tokens: Sequence[int],
+    *,
+    n_vocab: int,
+    ctx: int = 512,
+    chunks: int | None = None,
+    bos: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> PerplexityResult:
+    """Scores a text.
+
+    Args:
+        model: the core's model. tokens: ids of the whole text, BOS in front where the model asks for it.
+        n_vocab: width of the logits.
+        ctx: tokens of a chunk. chunks: how many at most; None scores all whole chunks.
+        bos: id put in place of each chunk's first token; None leaves chunks as they are.
+        progress: called as progress(what, done, total), counted in chunks.
+
+    Raises:
+        UsageError: `ctx` is too small or the text shorter than one chunk. Error: a logit is not a finite number.
+    """
+    import numpy as np
+
+    from .. import _core
+
+    if ctx < 4:
+        raise UsageError(f"a context of {ctx} tokens is too small to score; use at least 4")
+    if chunks is not None and chunks < 1:
+        raise UsageError(f"the number of chunks must be at least 1, not {chunks}")
+    count = len(tokens) // ctx if chunks is None else min(chunks, len(tokens) // ctx)
+    if count == 0:
+        raise UsageError(
+            f"the text has only {len(tokens)} tokens, but one chunk needs {ctx}; use a longer text or a smaller --ctx"
+        )
+    ids = np.asarray(tokens[: count * ctx], dtype=np.int32).reshape(count, ctx)
+    if bos is not None:
+        ids[:, 0] = bos
+    first = ctx // 2
+    rows = max(1, min(256, _LOGIT_BYTES // (4 * n_vocab)))
+    session = _core.Session(model, ctx)
+    nll, scored = 0.0, 0
+    start = time.perf_counter()
+    for c in range(count):
+        if progress is not None:
+            progress("perplexity", c, count)
+        chunk = ids[c]
+        session.truncate(0)
+        session.eval(chunk[:first])
+        for begin in range(first, ctx - 1, rows):  # the last token predicts nothing that is scored
+            part = chunk[begin : min(begin + rows, ctx - 1)]
+            logits = session.eval_all(part)
+            nll += negative_log_likelihood(logits, chunk[begin + 1 : begin + 1 + len(part)])
+            scored += len(part)
+        if not math.isfinite(nll):
+            raise Error(
+                f"chunk {c + 1}: the logits are not finite numbers, so there is no perplexity; "
+                "convert the model again with `sparse-run convert`"
+            )
+    if progress is not None:
+        progress("perplexity", count, count)
+    mean = nll / scored
+    return PerplexityResult(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        nll=mean,
+        tokens_scored=scored,
+        ctx=ctx,
+        chunks=count,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> float:
+    """Sum over rows of -log softmax(logits[i])[targets[i]], in float64. NaN in gives NaN out."""
+    import numpy as np
+
+    total = 0.0
+    for row, target in zip(logits, targets, strict=True):
+        x = row.astype(np.float64)
+        top = x.max()
+        total += float(top + np.log(np.exp(x - top).sum()) - x[target])
+    return total
