@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,8 +37,10 @@ class Case:
 
 
 def shape(**changes: Any) -> LlamaShape:
-    base = dict(n_layers=3, n_embd=128, n_heads=4, n_kv_heads=2, head_dim=32, n_ff=320, n_vocab=320, n_ctx=256)
-    return LlamaShape(**{**base, **changes})
+    base = LlamaShape(
+        n_layers=3, n_embd=128, n_heads=4, n_kv_heads=2, head_dim=32, n_ff=320, n_vocab=320, n_ctx=256
+    )  # fmt: skip
+    return replace(base, **changes)
 
 
 CASES = [
@@ -76,12 +78,12 @@ def reference_model(case: Case, torch: Any, *, strong: bool) -> Any:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": s.rope_theta}
     if case.llama3_scaling:
         rope = {"rope_type": "llama3", "rope_theta": s.rope_theta, **LLAMA3_SCALING}
-    common = dict(
-        vocab_size=s.n_vocab, hidden_size=s.n_embd, intermediate_size=s.n_ff, num_hidden_layers=s.n_layers,
-        num_attention_heads=s.n_heads, num_key_value_heads=s.n_kv_heads, head_dim=s.head_dim,
-        max_position_embeddings=s.n_ctx, rms_norm_eps=s.norm_eps, tie_word_embeddings=s.tied,
-        attn_implementation="eager", bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    common = {
+        "vocab_size": s.n_vocab, "hidden_size": s.n_embd, "intermediate_size": s.n_ff, "num_hidden_layers": s.n_layers,
+        "num_attention_heads": s.n_heads, "num_key_value_heads": s.n_kv_heads, "head_dim": s.head_dim,
+        "max_position_embeddings": s.n_ctx, "rms_norm_eps": s.norm_eps, "tie_word_embeddings": s.tied,
+        "attn_implementation": "eager", "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
     import transformers
 
     if int(transformers.__version__.split(".")[0]) >= 5:
