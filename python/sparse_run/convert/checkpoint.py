@@ -29,6 +29,7 @@ class CheckpointTensor:
     name: str
     shape: tuple[int, ...]
     type: str
+    nbytes: int
     rows: Callable[[], RowSource]
     vector: Callable[[], NDArray[np.float32]]
 

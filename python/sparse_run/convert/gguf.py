@@ -78,7 +78,7 @@ def _tensor(file: GgufFile, tensor: GgufTensor) -> CheckpointTensor:
     shape = tensor.shape
     while len(shape) > 1 and shape[0] == 1 and _is_vector(tensor.name):
         shape = shape[1:]
-    return CheckpointTensor(tensor.name, shape, tensor.type.name, lambda: GgufRows(file, tensor), vector)
+    return CheckpointTensor(tensor.name, shape, tensor.type.name, tensor.nbytes, lambda: GgufRows(file, tensor), vector)
 
 
 def _is_vector(name: str) -> bool:

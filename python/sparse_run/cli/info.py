@@ -1,0 +1,62 @@
+"""`sparse-run info`: what a model is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .common import Progress, json_option, model_option, print_json
+
+
+@click.command()
+@model_option
+@json_option
+def command(model: str | None, as_json: bool) -> None:
+    """Show a model's family, sizes, bits and bytes by class of weights, licence and source.
+
+    MODEL is a .gguf file, a packed model, or a name that `sparse-run list` shows. Nothing is converted or downloaded.
+
+    \b
+    sparse-run info smollm2-135m
+    sparse-run info model.gguf --json
+    """
+    from ..convert.describe import describe
+    from ..registry import find
+
+    with Progress(quiet=True) as progress:
+        path = find(model, progress=progress, pull=False)
+    facts = describe(path)
+    if as_json:
+        print_json(facts)
+    else:
+        _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    window = f", attention window {facts['window']}" if facts["window"] else ""
+    scaled = ", scaled RoPE" if facts["rope_scaled"] else ""
+    groups = facts["heads"] // facts["kv_heads"]
+    lines = {
+        "name": facts["name"],
+        "family": facts["architecture"],
+        "file": f"{facts['path']} ({facts['format']}{', layout ' + facts['layout'] if 'layout' in facts else ''})",
+        "licence": facts["license"] or "not stated",
+        "source": facts["source"] or facts.get("made_from", {}).get("path") or "not stated",
+        "layers": f"{facts['layers']} of width {facts['embedding']}",
+        "attention": f"{facts['heads']} heads of {facts['head_dim']}, {facts['kv_heads']} for keys and values "
+        f"({groups} queries each)",
+        "FFN": f"{facts['ffn']} neurons, {facts['ffn_kind']}, {facts['activation']}",
+        "vocabulary": f"{facts['vocabulary']} tokens"
+        + (", embedding used as head" if facts["tied_embeddings"] else ""),
+        "context": f"{facts['context']} tokens{window}{scaled}",
+        "parameters": f"{facts['parameters'] / 1e6:.1f} million, {facts['bytes'] / 1e6:.1f} MB",
+    }
+    for key, value in lines.items():
+        click.echo(f"{key:<11} {value}")
+    click.echo("\nweights        million        MB    bits/weight  kinds")
+    for name, w in facts["weights"].items():
+        click.echo(
+            f"{name:<11} {w['parameters'] / 1e6:>10.2f} {w['bytes'] / 1e6:>9.1f} {w['bits_per_weight']:>14.2f}  "
+            + ", ".join(w["kinds"])
+        )
