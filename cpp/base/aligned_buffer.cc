@@ -62,6 +62,15 @@ void free_zeroed(void* data, size_t bytes) {
   ::operator delete(data, std::align_val_t(kAlign));
 }
 
+void prefer_huge_pages(void* data, size_t bytes) {
+#if SR_MMAP && defined(MADV_HUGEPAGE)
+  if (bytes >= kLarge) madvise(data, bytes, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 void discard_pages(void* data, size_t bytes) {
 #if SR_MMAP && defined(MADV_DONTNEED) && defined(__linux__)
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));

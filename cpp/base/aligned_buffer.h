@@ -9,9 +9,11 @@
 
 namespace sr {
 
-// Zeroed bytes, aligned to 64 at least; `what` names the purpose in the BudgetError that is thrown when there are none.
+// Zeroed bytes, aligned to 64 at least; `what` names the purpose in the Error(budget) thrown when there are none.
 void* allocate_zeroed(size_t bytes, const char* what);
 void free_zeroed(void* data, size_t bytes);
+// Asks for huge pages, for memory that is used from end to end; a hint, never an error.
+void prefer_huge_pages(void* data, size_t bytes);
 // Gives the whole pages inside [data, data + bytes) back; they read as zero afterwards. Only for allocate_zeroed memory.
 void discard_pages(void* data, size_t bytes);
 

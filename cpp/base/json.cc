@@ -81,7 +81,7 @@ class JsonParser {
   }
   char peek() const { return pos_ < text_.size() ? text_[pos_] : '\0'; }
   void space() {
-    while (pos_ < text_.size() && (text_[pos_] == ' ' || text_[pos_] == '\t' || text_[pos_] == '\n' || text_[pos_] == '\r')) pos_++;
+    while (pos_ < text_.size() && std::string_view(" \t\n\r").find(text_[pos_]) != std::string_view::npos) pos_++;
   }
   void expect(char c) {
     if (pos_ >= text_.size() || text_[pos_] != c) fail(std::string("expected '") + c + "'");

@@ -10,7 +10,7 @@ enum class LogLevel { debug = 10, info = 20, warning = 30, error = 40 };  // the
 
 using LogSink = std::function<void(LogLevel, const std::string&)>;
 
-// An empty sink makes the core silent again. The sink may be called from any thread that computes, never from two at once.
+// An empty sink makes the core silent again. Any thread may call the sink, never two at once.
 void set_log_sink(LogSink sink, LogLevel least = LogLevel::info);
 
 void log_message(LogLevel level, const std::string& text);

@@ -1,6 +1,6 @@
-// Central barrier with a generation counter. Spinning is bounded in time (a barrier costs far less than a wake-up, but a
-// descheduled thread must be able to run): about 60 us at a barrier and 100 us between runs, almost nothing when there are
-// more threads than cores.
+// Central barrier with a generation counter. Spinning is bounded in time, as a barrier costs far less than a wake-up but a
+// descheduled thread must be able to run: about 60 us at a barrier and 100 us between runs, almost nothing when there
+// are more threads than cores.
 #include "base/thread_pool.h"
 
 #include <chrono>
@@ -58,8 +58,8 @@ long process_id() {
 }  // namespace
 
 void WaitWord::advance() {
-  // Sequential consistency on both sides (here and in wait): either this thread sees the sleeper, or the sleeper sees the
-  // new value before it sleeps.
+  // Sequential consistency on both sides (here and in wait): either this thread sees the sleeper, or the sleeper sees
+  // the new value before it sleeps.
   word_.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
 #if defined(__linux__)

@@ -1,4 +1,4 @@
-// Threads for one forward pass at a time: a fork and join per pass, barriers inside it, sleep when there is nothing to do.
+// Threads for one forward pass at a time: a fork and join per pass, barriers inside it, sleep when nothing is to do.
 #pragma once
 
 #include <atomic>

@@ -20,8 +20,8 @@ struct TensorView {
 
 class Safetensors {
  public:
-  // Throws Error(model) naming the file when it is not a sound safetensors file: header length, JSON, offsets within the
-  // file, no overlaps, shapes that agree with their byte counts.
+  // Throws Error(model) naming the file when it is not a sound safetensors file: header length, JSON, offsets within
+  // the file, no overlaps, shapes that agree with their byte counts.
   explicit Safetensors(const std::string& path);
 
   const std::string& path() const { return file_.path(); }

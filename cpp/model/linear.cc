@@ -24,13 +24,14 @@ void InputBuffer::quantise(int i, int begin, int count) {
                      sum_.data() + 2 * (at / kSlabCols));
 }
 
-Input InputBuffer::input() const {
+Input InputBuffer::input(int row) const {
+  const size_t at = size_t(row) * padded_;
   Input in;
-  in.x = x_.data();
+  in.x = x_.data() + at;
   in.ldx = size_t(padded_);
-  in.q.q = q_.data();
-  in.q.scale = scale_.data();
-  in.q.sum = sum_.data();
+  in.q.q = q_.data() + at;
+  in.q.scale = scale_.data() + at / kSlabCols;
+  in.q.sum = sum_.data() + 2 * (at / kSlabCols);
   return in;
 }
 

@@ -26,7 +26,7 @@ class InputBuffer {
   // Makes the int8 form of row i, or of the 32-aligned stretch [begin, begin + count) of it.
   void quantise(int i) { quantise(i, 0, width_); }
   void quantise(int i, int begin, int count);
-  Input input() const;
+  Input input(int row = 0) const;  // from this row on
 
  private:
   int width_ = 0, padded_ = 0;

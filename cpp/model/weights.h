@@ -23,7 +23,7 @@ struct LayerWeights {
   Linear attn_qkv, attn_o;
   Linear ffn_in;                       // gate_up interleaved in blocks of 64 rows when gated, else up
   Linear ffn_down;
-  std::vector<int> head_at;            // [n_heads + 2 n_kv_heads] where each head's rows begin in the output of attn_qkv
+  std::vector<int> head_at;            // [n_heads + 2 n_kv_heads] where a head's rows begin in attn_qkv's output
 };
 
 struct DecoderWeights {

@@ -1,0 +1,58 @@
+// The public model handle: a packed model and the decoder that runs it, shared by all sessions.
+#include <string>
+
+#include "base/cpu_info.h"
+#include "base/log.h"
+#include "engine/model_impl.h"
+#include "kernels/table.h"
+#include "sparse_run/error.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace sr {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+int checked_threads(int threads) {
+  if (threads < 0 || threads > kMaxThreads) {
+    throw Error(ErrorCode::usage, "threads must be from 1 to " + std::to_string(kMaxThreads) +
+                                      ", or 0 for the default, got " + std::to_string(threads));
+  }
+  return threads ? threads : default_threads();
+}
+
+// Reading ahead is a gain only for a model that fits into memory with room to spare.
+bool fits_memory(size_t bytes) {
+#if defined(_SC_PHYS_PAGES)
+  return double(bytes) < 0.5 * double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
+#else
+  return bytes < (size_t(1) << 30);
+#endif
+}
+
+}  // namespace
+
+Model::Impl::Impl(const ModelOptions& options)
+    : packed(options.path), decoder(packed, checked_threads(options.threads)) {}
+
+Model::Model(const ModelOptions& options) {
+  kernels();  // a forced instruction set that cannot be had is reported before anything is opened
+  impl_ = std::make_shared<Impl>(options);
+  const MappedFile& file = impl_->packed.weights().file();
+  if (fits_memory(file.size())) file.will_need(0, file.size());
+  log_message(LogLevel::info, options.path + ": " + std::to_string(file.size() / 1000000) + " MB mapped, " +
+                                  std::to_string(threads()) + " threads, instruction set " + isa());
+}
+
+const std::string& Model::config_json() const { return impl_->packed.config_text(); }
+int Model::threads() const { return impl_->decoder.threads(); }
+std::string Model::isa() const { return kernels().name; }
+int Model::n_vocab() const { return impl_->decoder.config().n_vocab; }
+int Model::n_ctx_train() const { return impl_->decoder.config().n_ctx_train; }
+size_t Model::weight_bytes() const { return impl_->packed.tensor_bytes(); }
+size_t Model::bytes_per_token() const { return impl_->decoder.bytes_per_token(); }
+
+}  // namespace sr

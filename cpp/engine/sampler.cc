@@ -1,0 +1,208 @@
+// Picks the next token. Vectors live as long as the sampler, so that nothing is allocated per token; no standard
+// distribution is used, as those differ between libraries.
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "sparse_run/engine.h"
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+struct Candidate {
+  float logit;
+  int32_t id;
+};
+
+// A strict total order, so that results do not depend on the sorting algorithm. NaN counts as the least.
+bool likelier(const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; }
+
+void check(bool good, const char* what, const std::string& got) {
+  if (!good) throw Error(ErrorCode::usage, std::string(what) + ", got " + got);
+}
+
+}  // namespace
+
+struct Sampler::Impl {
+  SamplerOptions options;
+  std::mutex mutex;  // two sessions in two threads may share a sampler
+  uint64_t seed = 0;
+  std::mt19937_64 random;
+  std::vector<int32_t> accepted;
+  std::vector<int32_t> recent;  // distinct tokens that the penalty concerns
+  std::vector<float> penalised;
+  std::vector<Candidate> candidates;
+  std::vector<double> weights;
+
+  const float* apply_penalty(const float* logits, int n);
+  int32_t greedy(const float* logits, int n) const;
+  void keep_top_k(const float* logits, int n);
+  void keep_top_p();
+  void keep_min_p();
+  int32_t draw();
+};
+
+// Penalised logits, or the given ones where nothing is penalised.
+const float* Sampler::Impl::apply_penalty(const float* logits, int n) {
+  const size_t last = options.repeat_last_n < 0 ? accepted.size() : size_t(options.repeat_last_n);
+  if (options.repeat_penalty == 1.0f || last == 0 || accepted.empty()) return logits;
+  recent.assign(accepted.size() > last ? accepted.end() - std::ptrdiff_t(last) : accepted.begin(), accepted.end());
+  std::sort(recent.begin(), recent.end());
+  recent.erase(std::unique(recent.begin(), recent.end()), recent.end());
+  penalised.assign(logits, logits + n);
+  for (int32_t id : recent) {
+    if (id < 0 || id >= n) continue;
+    float& x = penalised[size_t(id)];
+    x = x <= 0 ? x * options.repeat_penalty : x / options.repeat_penalty;
+  }
+  return penalised.data();
+}
+
+int32_t Sampler::Impl::greedy(const float* logits, int n) const {
+  int32_t best = 0;
+  for (int32_t i = 1; i < n; i++) {
+    if (logits[i] > logits[best]) best = i;
+  }
+  return best;
+}
+
+// Fills candidates with the k most likely tokens, most likely first; with k = 0, with all, in no order.
+void Sampler::Impl::keep_top_k(const float* logits, int n) {
+  const int k = options.top_k;
+  candidates.clear();
+  if (k <= 0 || k >= n) {
+    for (int32_t i = 0; i < n; i++) candidates.push_back({logits[i], i});
+    return;
+  }
+  // A heap whose front is the least likely of the k best. Few tokens get past it, so blocks are looked at as a whole.
+  const int block = 64;
+  for (int32_t begin = 0; begin < n; begin += block) {
+    const int32_t end = std::min(begin + block, n);
+    if (int(candidates.size()) == k) {
+      const float least = candidates.front().logit;
+      int above = 0;
+      for (int32_t i = begin; i < end; i++) above |= logits[i] > least;
+      if (!above) continue;  // an equal logit has a higher id than those kept and loses
+    }
+    for (int32_t i = begin; i < end; i++) {
+      const Candidate c = {logits[i], i};
+      if (int(candidates.size()) < k) {
+        candidates.push_back(c);
+        std::push_heap(candidates.begin(), candidates.end(), likelier);
+      } else if (likelier(c, candidates.front())) {
+        std::pop_heap(candidates.begin(), candidates.end(), likelier);
+        candidates.back() = c;
+        std::push_heap(candidates.begin(), candidates.end(), likelier);
+      }
+    }
+  }
+  std::sort_heap(candidates.begin(), candidates.end(), likelier);
+}
+
+// Keeps the smallest likeliest set whose probability reaches top_p. Sorts only as far as that set goes.
+void Sampler::Impl::keep_top_p() {
+  if (options.top_p >= 1.0f) return;
+  const float top = std::min_element(candidates.begin(), candidates.end(), likelier)->logit;
+  double total = 0;
+  for (const Candidate& c : candidates) total += std::exp(double(c.logit - top));
+  size_t sorted = 0, count = 0;
+  double sum = 0;
+  while (count < candidates.size()) {
+    if (count == sorted) {
+      const size_t next = std::min(candidates.size(), std::max(size_t(128), sorted * 4));
+      const auto begin = candidates.begin() + std::ptrdiff_t(sorted);
+      const auto middle = candidates.begin() + std::ptrdiff_t(next);
+      if (middle != candidates.end()) std::nth_element(begin, middle, candidates.end(), likelier);
+      std::sort(begin, middle, likelier);
+      sorted = next;
+    }
+    sum += std::exp(double(candidates[count].logit - top));
+    count++;
+    if (sum >= double(options.top_p) * total) break;
+  }
+  candidates.resize(count);
+}
+
+void Sampler::Impl::keep_min_p() {
+  if (options.min_p <= 0.0f) return;
+  const float top = std::min_element(candidates.begin(), candidates.end(), likelier)->logit;
+  const float least = top + std::log(options.min_p);
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
+                                  [&](const Candidate& c) { return c.logit < least; }),
+                   candidates.end());
+}
+
+int32_t Sampler::Impl::draw() {
+  const float top = std::min_element(candidates.begin(), candidates.end(), likelier)->logit;
+  weights.clear();
+  double total = 0;
+  for (const Candidate& c : candidates) {
+    weights.push_back(std::exp(double(c.logit - top) / double(options.temperature)));
+    total += weights.back();
+  }
+  double left = double(random() >> 11) * 0x1p-53 * total;  // uniform in [0, total)
+  size_t i = 0;
+  while (i + 1 < weights.size() && left >= weights[i]) left -= weights[i++];
+  return candidates[i].id;
+}
+
+Sampler::Sampler(const SamplerOptions& o) : impl_(new Impl) {
+  check(o.temperature >= 0 && std::isfinite(o.temperature), "temperature must be 0 or more",
+        std::to_string(o.temperature));
+  check(o.top_k >= 0, "top_k must be 0 (all) or more", std::to_string(o.top_k));
+  check(o.top_p >= 0 && o.top_p <= 1, "top_p must be from 0 to 1", std::to_string(o.top_p));
+  check(o.min_p >= 0 && o.min_p <= 1, "min_p must be from 0 to 1", std::to_string(o.min_p));
+  check(o.repeat_penalty > 0 && std::isfinite(o.repeat_penalty), "repeat_penalty must be above 0",
+        std::to_string(o.repeat_penalty));
+  check(o.repeat_last_n >= -1, "repeat_last_n must be -1 (all), 0 (none) or more", std::to_string(o.repeat_last_n));
+  check(o.seed >= -1, "seed must be -1 (random) or more", std::to_string(o.seed));
+  impl_->options = o;
+  if (o.seed < 0) {
+    std::random_device device;
+    impl_->seed = (uint64_t(device()) << 32 | device()) >> 1;  // fits the option, so that a run can be repeated
+  } else {
+    impl_->seed = uint64_t(o.seed);
+  }
+  reset();
+}
+
+Sampler::~Sampler() = default;
+Sampler::Sampler(Sampler&&) noexcept = default;
+Sampler& Sampler::operator=(Sampler&&) noexcept = default;
+
+int32_t Sampler::sample(const float* logits, int n_vocab) {
+  check(n_vocab > 0, "logits must not be empty", "0 values");
+  Impl& s = *impl_;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  logits = s.apply_penalty(logits, n_vocab);
+  if (s.options.temperature == 0 || s.options.top_k == 1) return s.greedy(logits, n_vocab);
+  s.keep_top_k(logits, n_vocab);
+  s.keep_top_p();
+  s.keep_min_p();
+  return s.draw();
+}
+
+void Sampler::accept(int32_t token) {
+  Impl& s = *impl_;
+  if (s.options.repeat_penalty == 1.0f || s.options.repeat_last_n == 0) return;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  const size_t last = size_t(s.options.repeat_last_n);
+  if (s.options.repeat_last_n > 0 && s.accepted.size() >= 2 * last) {  // forget in bulk, not token by token
+    s.accepted.erase(s.accepted.begin(), s.accepted.end() - std::ptrdiff_t(last));
+  }
+  s.accepted.push_back(token);
+}
+
+void Sampler::reset() {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  impl_->accepted.clear();
+  impl_->random.seed(impl_->seed);
+}
+
+uint64_t Sampler::seed() const { return impl_->seed; }
+
+}  // namespace sr

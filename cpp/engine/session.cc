@@ -1,0 +1,243 @@
+// A conversation's state: cached tokens, the last logits, statistics, cancellation. Prompts run in blocks; the cache counts
+// a block's tokens only when the whole block is done.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "base/aligned_buffer.h"
+#include "engine/model_impl.h"
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int kMaxContext = 1 << 26;  // keeps positions and chunks within int
+constexpr auto kPollInterval = std::chrono::milliseconds(20);
+
+double seconds_since(Clock::time_point t0) { return std::chrono::duration<double>(Clock::now() - t0).count(); }
+
+int checked_context(const Decoder& decoder, int n_ctx) {
+  if (n_ctx < 0 || n_ctx > kMaxContext) {
+    throw Error(ErrorCode::usage, "n_ctx must be from 1 to " + std::to_string(kMaxContext) +
+                                      ", or 0 for the model's own, got " + std::to_string(n_ctx));
+  }
+  const int limit = decoder.position_limit();
+  if (n_ctx == 0) return limit ? std::min(limit, decoder.config().n_ctx_train) : decoder.config().n_ctx_train;
+  if (limit && n_ctx > limit) {
+    throw Error(ErrorCode::context, "this model has " + std::to_string(limit) + " positions, a context of " +
+                                        std::to_string(n_ctx) + " is not possible: use a smaller one (--ctx-size)");
+  }
+  return n_ctx;
+}
+
+// Refuses a second thread instead of computing nonsense.
+class InUse {
+ public:
+  explicit InUse(std::atomic<bool>* flag) : flag_(flag) {
+    if (flag->exchange(true, std::memory_order_acquire)) {
+      throw Error(ErrorCode::usage, "this session is in use by another thread: give each thread a session of its own");
+    }
+  }
+  ~InUse() { flag_->store(false, std::memory_order_release); }
+  InUse(const InUse&) = delete;
+  InUse& operator=(const InUse&) = delete;
+
+ private:
+  std::atomic<bool>* flag_;
+};
+
+}  // namespace
+
+struct Session::Impl {
+  Impl(std::shared_ptr<Model::Impl> m, int n)
+      : model(std::move(m)),
+        n_ctx(checked_context(model->decoder, n)),
+        cache(model->decoder.config().n_layers, model->decoder.config().n_kv_heads, model->decoder.config().head_dim,
+              n_ctx),
+        logits(size_t(model->decoder.padded_vocab()), "the logits") {
+    tokens.reserve(size_t(std::min(n_ctx, 1 << 16)));
+    should_stop = [this] { return stop_requested(); };
+  }
+
+  bool stop_requested();
+  void check_tokens(const int32_t* ids, int n) const;
+  void check_room(int n) const;
+  void run(const int32_t* ids, int n, float* all);
+  int32_t sample(Sampler* sampler);
+  void need_logits() const {
+    if (!has_logits) throw Error(ErrorCode::usage, "there are no logits: evaluate tokens first");
+  }
+
+  std::shared_ptr<Model::Impl> model;
+  int n_ctx;
+  KvCache cache;
+  AlignedBuffer<float> logits;
+  bool has_logits = false;
+  std::vector<int32_t> tokens;
+  // What other threads may read while one evaluates.
+  std::atomic<int> n_past{0};
+  std::atomic<int> most_tokens{0};  // that the cache has held: their memory is in use
+  mutable std::mutex stats_mutex;
+  Stats stats;
+  std::atomic<bool> cancelled{false};
+  std::atomic<bool> in_use{false};
+  std::function<bool()> poll;
+  std::function<bool()> should_stop;
+  Clock::time_point last_poll = Clock::now();
+};
+
+bool Session::Impl::stop_requested() {
+  if (cancelled.load(std::memory_order_relaxed)) return true;
+  if (!poll) return false;
+  const Clock::time_point now = Clock::now();
+  if (now - last_poll < kPollInterval) return false;
+  last_poll = now;
+  return poll();
+}
+
+void Session::Impl::check_tokens(const int32_t* ids, int n) const {
+  if (n < 1) throw Error(ErrorCode::usage, "there are no tokens to evaluate");
+  const int n_vocab = model->decoder.config().n_vocab;
+  for (int i = 0; i < n; i++) {
+    if (ids[i] < 0 || ids[i] >= n_vocab) {
+      throw Error(ErrorCode::usage, "token " + std::to_string(ids[i]) + " at index " + std::to_string(i) +
+                                        " is outside the vocabulary of " + std::to_string(n_vocab) + " tokens");
+    }
+  }
+}
+
+void Session::Impl::check_room(int n) const {
+  if (size_t(n) <= size_t(n_ctx) - tokens.size()) return;
+  throw Error(ErrorCode::context, std::to_string(tokens.size()) + " cached and " + std::to_string(n) +
+                                      " new tokens do not fit into the context of " + std::to_string(n_ctx) +
+                                      ": shorten the text or use a larger context (--ctx-size)");
+}
+
+// Evaluates ids; `all` is null or receives [n, n_vocab].
+void Session::Impl::run(const int32_t* ids, int n, float* all) {
+  check_tokens(ids, n);
+  check_room(n);
+  const size_t n_vocab = size_t(model->decoder.config().n_vocab);
+  const Clock::time_point t0 = Clock::now();
+  const auto count = [&](int done) {
+    std::lock_guard<std::mutex> lock(stats_mutex);
+    (n == 1 ? stats.decode_tokens : stats.prompt_tokens) += done;
+    (n == 1 ? stats.decode_seconds : stats.prompt_seconds) += seconds_since(t0);
+  };
+  has_logits = false;
+  int done = 0;
+  while (done < n) {
+    const int block = std::min(n - done, kMaxBlock);
+    const bool every = all && block > 1;
+    const Logits which = every ? Logits::all : all || done + block == n ? Logits::last : Logits::none;
+    float* out = every ? all + size_t(done) * n_vocab : logits.data();
+    bool whole = false;
+    try {
+      whole = !should_stop() &&
+              model->decoder.forward(ids + done, block, int(tokens.size()), &cache, which, out, should_stop);
+    } catch (...) {
+      count(done);
+      throw;
+    }
+    if (!whole) {
+      cancelled.store(false, std::memory_order_relaxed);
+      count(done);
+      throw Error(ErrorCode::cancelled, "cancelled");
+    }
+    if (all && !every) std::memcpy(all + size_t(done) * n_vocab, logits.data(), n_vocab * sizeof(float));
+    tokens.insert(tokens.end(), ids + done, ids + done + block);
+    n_past = int(tokens.size());
+    most_tokens = std::max(most_tokens.load(), n_past.load());
+    done += block;
+  }
+  if (all) std::memcpy(logits.data(), all + size_t(n - 1) * n_vocab, n_vocab * sizeof(float));
+  has_logits = true;
+  count(n);
+}
+
+int32_t Session::Impl::sample(Sampler* sampler) {
+  need_logits();
+  const int32_t token = sampler->sample(logits.data(), model->decoder.config().n_vocab);
+  sampler->accept(token);
+  return token;
+}
+
+Session::Session(const Model& model, int n_ctx) : impl_(new Impl(model.impl_, n_ctx)) {}
+Session::~Session() = default;
+Session::Session(Session&&) noexcept = default;
+
+int Session::n_ctx() const { return impl_->n_ctx; }
+int Session::n_past() const { return impl_->n_past; }
+int Session::n_vocab() const { return impl_->model->decoder.config().n_vocab; }
+size_t Session::kv_bytes() const { return impl_->cache.bytes(impl_->most_tokens); }
+void Session::set_poll(std::function<bool()> poll) { impl_->poll = std::move(poll); }
+void Session::cancel() { impl_->cancelled.store(true, std::memory_order_relaxed); }
+
+std::vector<int32_t> Session::tokens() const {
+  InUse guard(&impl_->in_use);
+  return impl_->tokens;
+}
+
+Stats Session::stats() const {
+  std::lock_guard<std::mutex> lock(impl_->stats_mutex);
+  return impl_->stats;
+}
+
+void Session::truncate(int n) {
+  InUse guard(&impl_->in_use);
+  Impl& s = *impl_;
+  if (n < 0 || n > int(s.tokens.size())) {
+    throw Error(ErrorCode::usage, "cannot keep " + std::to_string(n) + " of " + std::to_string(s.tokens.size()) +
+                                      " cached tokens");
+  }
+  if (n == int(s.tokens.size())) return;
+  s.tokens.resize(size_t(n));
+  s.n_past = n;
+  s.has_logits = false;
+  if (n == 0) {
+    s.cache.clear();
+    s.most_tokens = 0;
+  }
+}
+
+void Session::eval(const int32_t* tokens, int n) {
+  InUse guard(&impl_->in_use);
+  impl_->run(tokens, n, nullptr);
+}
+
+void Session::eval_all(const int32_t* tokens, int n, float* out) {
+  InUse guard(&impl_->in_use);
+  impl_->run(tokens, n, out);
+}
+
+const float* Session::logits() const {
+  InUse guard(&impl_->in_use);
+  impl_->need_logits();
+  return impl_->logits.data();
+}
+
+int32_t Session::sample(Sampler* sampler) {
+  InUse guard(&impl_->in_use);
+  return impl_->sample(sampler);
+}
+
+int32_t Session::step(Sampler* sampler) {
+  InUse guard(&impl_->in_use);
+  Impl& s = *impl_;
+  s.need_logits();
+  s.check_room(1);
+  const Clock::time_point t0 = Clock::now();
+  const int32_t token = s.sample(sampler);
+  {
+    std::lock_guard<std::mutex> lock(s.stats_mutex);
+    s.stats.decode_seconds += seconds_since(t0);
+  }
+  s.run(&token, 1, nullptr);
+  return token;
+}
+
+}  // namespace sr

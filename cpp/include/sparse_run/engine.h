@@ -1,0 +1,113 @@
+// The engine as a C++ program sees it: a model, a session that evaluates tokens, a sampler that picks the next one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace sr {
+
+struct ModelOptions {
+  std::string path;  // directory of a packed model (models/format.md)
+  int threads = 0;   // 1..1024; 0 = physical cores that affinity and cgroup allow
+};
+
+struct SamplerOptions {
+  float temperature = 0.8f;     // from 0 on; 0 = the most likely token, lowest id on ties
+  int top_k = 40;               // the k most likely tokens; 0 = all
+  float top_p = 0.95f;          // 0..1: the smallest set of tokens with this probability together; 1 = all
+  float min_p = 0.05f;          // 0..1: tokens at least this likely relative to the most likely one; 0 = all
+  float repeat_penalty = 1.0f;  // above 0; 1 = off
+  int repeat_last_n = 64;       // accepted tokens that the penalty looks at; 0 = none, -1 = all
+  int64_t seed = -1;            // from 0 on; -1 = a random one
+};
+
+struct Stats {
+  int64_t prompt_tokens = 0;   // evaluated two or more at a time
+  double prompt_seconds = 0;
+  int64_t decode_tokens = 0;   // evaluated one at a time
+  double decode_seconds = 0;   // with sampling, where `step` did it
+};
+
+// Repetition penalty, top-k, top-p, min-p, temperature, then a draw: llama.cpp's order and meaning. The same seed and
+// logits give the same tokens on every machine.
+class Sampler {
+ public:
+  explicit Sampler(const SamplerOptions& options);  // throws Error(usage) on an impossible value
+  ~Sampler();
+  Sampler(Sampler&&) noexcept;
+  Sampler& operator=(Sampler&&) noexcept;
+
+  int32_t sample(const float* logits, int n_vocab);  // does not accept
+  void accept(int32_t token);                        // counts for the repetition penalty from now on
+  void reset();                                      // forgets accepted tokens and starts the seed's sequence again
+  uint64_t seed() const;                             // the one in use
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// A mapped model. Copies share it; sessions keep it alive.
+class Model {
+ public:
+  explicit Model(const ModelOptions& options);  // throws Error(model | unsupported | usage | budget | isa)
+
+  const std::string& config_json() const;
+  int threads() const;
+  std::string isa() const;
+  int n_vocab() const;
+  int n_ctx_train() const;
+  size_t weight_bytes() const;     // of all tensors
+  size_t bytes_per_token() const;  // that one decoded token reads
+
+ private:
+  friend class Session;
+  struct Impl;
+  std::shared_ptr<Impl> impl_;
+};
+
+// A KV cache and the tokens in it. One thread at a time (a second one gets Error(usage)), except `cancel`.
+class Session {
+ public:
+  // n_ctx from 1 on; 0 = what the model was trained for. Throws Error(usage | budget).
+  Session(const Model& model, int n_ctx);
+  ~Session();
+  Session(Session&&) noexcept;
+
+  int n_ctx() const;
+  int n_past() const;
+  int n_vocab() const;
+  std::vector<int32_t> tokens() const;  // whose keys and values are cached, oldest first
+  size_t kv_bytes() const;              // in use
+  void truncate(int n);                 // forgets all but the first n tokens
+
+  // Appends n >= 1 tokens. Throws Error(usage) on an id out of range, Error(context) where they do not fit, and
+  // Error(cancelled), which leaves the cache as it was after the last whole block.
+  void eval(const int32_t* tokens, int n);
+  // The same, and out [n, n_vocab] receives every token's logits.
+  void eval_all(const int32_t* tokens, int n, float* out);
+  // [n_vocab] of the last token, valid until the next evaluation. Throws Error(usage) when there are none.
+  const float* logits() const;
+  int32_t sample(Sampler* sampler);  // from the last logits; the sampler has accepted the token
+  int32_t step(Sampler* sampler);    // sample, then eval of that token
+
+  void cancel();                     // makes the running or the next evaluation throw Error(cancelled)
+  // Asked by the evaluating thread every 20 ms or so; true stops the evaluation as cancel does.
+  void set_poll(std::function<bool()> poll);
+  Stats stats() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+int default_threads();
+
+// GB/s at which `threads` threads read a buffer of `megabytes` MB, one value a repetition.
+std::vector<double> stream_gb_per_s(int threads, int megabytes, int repetitions);
+
+}  // namespace sr

@@ -1,0 +1,158 @@
+// One token. Every thread computes the cheap vector operations for itself and a fixed share of each matrix's tiles, so
+// that a layer needs five barriers: after q/k/v, after attention, after o, after gate and up, after down.
+#include <algorithm>
+
+#include "model/attention.h"
+#include "model/decoder.h"
+#include "model/decoder_buffers.h"
+
+namespace sr {
+namespace {
+
+// Up to so many chunks each thread merges all heads itself; more are merged head by head, at the price of a barrier.
+constexpr int kMergeAlone = 8;
+
+}  // namespace
+
+void Decoder::decode(int tid, const Pass& pass) {
+  Thread& t = *thread_[size_t(tid)];
+  const DecoderConfig& c = config_;
+  const auto share = [&](const Linear& w, const Input& in, float* y) {
+    gemv(w, in, w.share[size_t(tid)], w.share[size_t(tid) + 1], y);
+  };
+
+  embed_row(pass.tokens[0], pass.pos, t.x.data());
+  if (tid == 0) {
+    rope_.fill(pass.pos, rope_table_.data());
+    rope_local_.fill(pass.pos, rope_table_local_.data());
+  }
+  for (int l = 0; l < c.n_layers; l++) {
+    const LayerWeights& w = weights_.layers[size_t(l)];
+    prepare_row(w.attn_norm, t.x.data(), w.attn_qkv, &t.in, 0);
+    share(w.attn_qkv, t.in.input(), qkv_.data());
+    pool_.barrier();
+
+    decode_attention(t, pass, l);
+    pool_.barrier();
+
+    if (tid == 0) counter_[0].reset();
+    if (l + 1 == c.n_layers && pass.which == Logits::none) break;
+    gather_attention(tid, t, l, pass.pos);
+    if (w.attn_o.quantised) t.att.quantise(0);
+    share(w.attn_o, t.att.input(), branch_o_.data());
+    pool_.barrier();
+
+    add_branch(branch_o_.data(), w.post_attn_norm, t.scratch.data(), t.x.data());
+    if (!c.parallel_block) {
+      prepare_row(w.ffn_norm, t.x.data(), w.ffn_in, &t.in, 0);
+    } else if (w.ffn_in.quantised && !w.attn_qkv.quantised) {
+      t.in.quantise(0);
+    }
+    const int begin = w.ffn_in.share[size_t(tid)] * kTileRows, end = w.ffn_in.share[size_t(tid) + 1] * kTileRows;
+    share(w.ffn_in, t.in.input(), gate_up_.data());
+    const int step = c.ffn_gated ? 2 * kTileRows : kTileRows;
+    for (int row = begin; row < end; row += step) {
+      const float* gate = gate_up_.data() + row;
+      const int neuron = c.ffn_gated ? row / 2 : row;
+      kernels().activate(c.activation, gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, z_.row(0) + neuron);
+    }
+    const int z_begin = c.ffn_gated ? begin / 2 : begin, z_end = c.ffn_gated ? end / 2 : end;
+    if (w.ffn_down.quantised && z_end > z_begin) z_.quantise(0, z_begin, z_end - z_begin);
+    pool_.barrier();
+
+    share(w.ffn_down, z_.input(), branch_down_.data());
+    if (tid == 0) leave_ = (*pass.should_stop)();
+    pool_.barrier();
+
+    if (leave_) return;
+    add_branch(branch_down_.data(), w.post_ffn_norm, t.scratch.data(), t.x.data());
+  }
+  if (pass.which == Logits::none) return;
+
+  const Linear& head = weights_.head();
+  prepare_row(weights_.output_norm, t.x.data(), head, &t.in, 0);
+  share(head, t.in.input(), pass.logits);
+  const int begin = head.share[size_t(tid)] * kTileRows, end = head.share[size_t(tid) + 1] * kTileRows;
+  finish_logits(pass.logits, begin, std::min(end, c.n_vocab));
+}
+
+// Items are (chunk, key head), the last chunk last: it is the short one. Whoever takes a head's last chunk also stores
+// the new key and value, which no other item reads.
+void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
+  const DecoderConfig& c = config_;
+  const LayerWeights& w = weights_.layers[size_t(layer)];
+  const Rope& rope = rope_of(layer);
+  const float* table = (&rope == &rope_ ? rope_table_ : rope_table_local_).data();
+  const bool rotate = c.rope_style != RopeStyle::none && c.rope_layers[size_t(layer)];
+  const int group = c.heads_per_kv(), hd = c.head_dim;
+  const int first = first_key(layer, pass.pos);
+  const int chunk_begin = first / kAttentionChunk, chunk_end = pass.pos / kAttentionChunk + 1;
+  const int items = (chunk_end - chunk_begin) * c.n_kv_heads;
+  int firsts[kMaxQueries], lasts[kMaxQueries];
+
+  for (int item = counter_[0].take(); item < items; item = counter_[0].take()) {
+    const int chunk = chunk_begin + item / c.n_kv_heads, kv_head = item % c.n_kv_heads;
+    const int base = chunk * kAttentionChunk, last = std::min(pass.pos + 1 - base, kAttentionChunk);
+    for (int g = 0; g < group; g++) {
+      const float* q = qkv_.data() + w.head_at[size_t(kv_head * group + g)];
+      float* head = t.q.data() + size_t(g) * hd;
+      std::copy(q, q + hd, head);
+      rotate_head(w.q_norm, rope, rotate, table, head);
+      firsts[g] = std::max(first - base, 0);
+      lasts[g] = last;
+    }
+    if (chunk + 1 == chunk_end) {
+      const float* k = qkv_.data() + w.head_at[size_t(c.n_heads + kv_head)];
+      const float* v = qkv_.data() + w.head_at[size_t(c.n_heads + c.n_kv_heads + kv_head)];
+      std::copy(k, k + hd, t.k.data());
+      rotate_head(w.k_norm, rope, rotate, table, t.k.data());
+      pass.cache->write(layer, kv_head, pass.pos, t.k.data(), v, t.half.data());
+    }
+    const size_t slot = size_t(chunk - chunk_begin) * c.n_heads + size_t(kv_head) * group;
+    AttendArgs a;
+    a.q = t.q.data();
+    a.n_q = group;
+    a.q_stride = size_t(hd);
+    a.head_dim = hd;
+    a.k = pass.cache->k(layer, kv_head) + size_t(base) * hd;
+    a.v = pass.cache->v(layer, kv_head) + size_t(base) * hd;
+    a.n_keys = last;
+    a.first = firsts;
+    a.last = lasts;
+    a.scale = c.attn_scale;
+    a.softcap = c.attn_softcap;
+    a.out = partial_out_.data() + slot * hd;
+    a.out_stride = size_t(hd);
+    a.row_max = partial_max_.data() + slot;
+    a.row_sum = partial_sum_.data() + slot;
+    a.scratch = t.attend_scratch.data();
+    kernels().attend(a);
+  }
+}
+
+// Merges the chunks of all heads into this thread's input of attn_o.
+void Decoder::gather_attention(int tid, Thread& t, int layer, int pos) {
+  const DecoderConfig& c = config_;
+  const int hd = c.head_dim;
+  const int chunks = pos / kAttentionChunk - first_key(layer, pos) / kAttentionChunk + 1;
+  const auto merge = [&](int head, float* out) {
+    AttentionSums sums = {out, 0, 0};
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      const size_t slot = size_t(chunk) * c.n_heads + size_t(head);
+      merge_chunk(&sums, chunk == 0, partial_out_.data() + slot * hd, partial_max_[slot], partial_sum_[slot], hd);
+    }
+    finish_attention(sums, hd, out);
+  };
+  if (chunks <= kMergeAlone) {
+    for (int h = 0; h < c.n_heads; h++) merge(h, t.att.row(0) + size_t(h) * hd);
+    return;
+  }
+  const int threads = pool_.size();
+  for (int h = c.n_heads * tid / threads; h < c.n_heads * (tid + 1) / threads; h++) {
+    merge(h, attention_.data() + size_t(h) * hd);
+  }
+  pool_.barrier();
+  std::copy(attention_.data(), attention_.data() + c.n_attn(), t.att.row(0));
+}
+
+}  // namespace sr

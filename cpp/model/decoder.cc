@@ -1,0 +1,197 @@
+// Set-up, and the row operations that decode and prefill share.
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "format/packed_model.h"
+#include "kernels/pack/pack.h"
+#include "model/attention.h"
+#include "model/decoder_buffers.h"
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+constexpr const char* kWorkspace = "the model's working memory";
+
+size_t scratch_bytes(const DecoderWeights& w) {
+  size_t most = 0;
+  const auto look = [&](const Linear& m) {
+    for (const PanelMatrix& p : m.parts) most = std::max(most, gemm_scratch_bytes(p));
+  };
+  look(w.head());
+  for (const LayerWeights& l : w.layers) {
+    for (const Linear* m : {&l.attn_qkv, &l.attn_o, &l.ffn_in, &l.ffn_down}) look(*m);
+  }
+  return most;
+}
+
+}  // namespace
+
+Decoder::Decoder(const PackedModel& model, int threads)
+    : config_(read_decoder_config(model)),
+      weights_(load_weights(model, config_, threads)),
+      rope_(config_.rope_style, config_.rope_dims, config_.rope_theta, weights_.rope_factors, config_.rope_mscale),
+      rope_local_(config_.rope_style, config_.rope_dims, config_.rope_theta_local, weights_.rope_factors_local,
+                  config_.rope_mscale),
+      pool_(threads) {
+  const DecoderConfig& c = config_;
+  int qkv_rows = 0;
+  for (const LayerWeights& l : weights_.layers) qkv_rows = std::max(qkv_rows, l.attn_qkv.padded_rows());
+  const int embd_rows = weights_.layers[0].attn_o.padded_rows();
+  const size_t scratch = scratch_bytes(weights_);
+  const size_t hd = size_t(c.head_dim);
+
+  for (int i = 0; i < threads; i++) {
+    auto t = std::make_unique<Thread>();
+    t->x.reset(size_t(c.n_embd), kWorkspace);
+    t->scratch.reset(size_t(c.n_embd), kWorkspace);
+    t->in.reset(1, c.n_embd, kWorkspace);
+    t->att.reset(1, c.n_attn(), kWorkspace);
+    t->q.reset(size_t(c.heads_per_kv()) * hd, kWorkspace);
+    t->k.reset(hd, kWorkspace);
+    t->half.reset(hd, kWorkspace);
+    t->attend_scratch.reset(kAttendScratchBytes, kWorkspace);
+    t->tile.reset(size_t(kMaxBlock) * 2 * kTileRows, kWorkspace);
+    t->sums.reset(2 * size_t(kMaxQueries) * hd, kWorkspace);
+    t->gemm_scratch.reset(scratch, kWorkspace);
+    thread_.push_back(std::move(t));
+  }
+  qkv_.reset(size_t(qkv_rows), kWorkspace);
+  branch_o_.reset(size_t(embd_rows), kWorkspace);
+  branch_down_.reset(size_t(embd_rows), kWorkspace);
+  attention_.reset(size_t(c.n_attn()), kWorkspace);
+  gate_up_.reset(size_t(c.n_ff) * 2, kWorkspace);
+  rope_table_.reset(size_t(c.rope_dims), kWorkspace);
+  rope_table_local_.reset(size_t(c.rope_dims), kWorkspace);
+  z_.reset(1, c.n_ff, kWorkspace);
+
+  block_ = std::make_unique<Block>();
+  Block& b = *block_;
+  const size_t rows = kMaxBlock;
+  b.ld_qkv = size_t(qkv_rows);
+  b.ld_branch = size_t(embd_rows);
+  b.x.reset(rows * size_t(c.n_embd), kWorkspace);
+  b.in.reset(kMaxBlock, c.n_embd, kWorkspace);
+  b.att.reset(kMaxBlock, c.n_attn(), kWorkspace);
+  b.z.reset(kMaxBlock, c.n_ff, kWorkspace);
+  b.qkv.reset(rows * b.ld_qkv, kWorkspace);
+  b.branch_o.reset(rows * b.ld_branch, kWorkspace);
+  b.branch_down.reset(rows * b.ld_branch, kWorkspace);
+  b.rope_table.reset(rows * size_t(c.rope_dims), kWorkspace);
+  b.rope_table_local.reset(rows * size_t(c.rope_dims), kWorkspace);
+}
+
+Decoder::~Decoder() = default;
+
+bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Logits which, float* logits,
+                      const std::function<bool()>& should_stop) {
+  std::lock_guard<FairMutex> lock(turn_);
+  const int chunks = (pos + n - 1) / kAttentionChunk + 1;
+  if (n == 1 && chunks > partial_chunks_) {
+    // For the whole context at once: pages are used only as the context grows.
+    const int most = std::max(chunks, (cache->n_ctx() - 1) / kAttentionChunk + 1);
+    const size_t heads = size_t(most) * size_t(config_.n_heads);
+    partial_out_.reset(heads * size_t(config_.head_dim), "attention over a long context");
+    partial_max_.reset(heads, "attention over a long context");
+    partial_sum_.reset(heads, "attention over a long context");
+    partial_chunks_ = most;
+  }
+  leave_ = false;
+  not_finite_.store(false, std::memory_order_relaxed);
+  counter_[0].reset();
+  counter_[1].reset();
+  const Pass pass = {tokens, n, pos, cache, which, logits, &should_stop};
+  if (n == 1) {
+    pool_.run([&](int tid) { decode(tid, pass); });
+  } else {
+    pool_.run([&](int tid) { prefill(tid, pass); });
+  }
+  if (leave_) return false;
+  if (not_finite_.load(std::memory_order_relaxed)) {
+    cache->erase(pos, pos + n);
+    throw Error(ErrorCode::runtime, "the model's output at position " + std::to_string(pos + n - 1) +
+                                        " is not a number (NaN or infinity): its weights are damaged or overflow; "
+                                        "check the source and convert it again with sparse-run convert");
+  }
+  return true;
+}
+
+void Decoder::embed_row(int32_t token, int pos, float* x) const {
+  const Linear& w = weights_.token_embd;
+  size_t p = 0;
+  while (token >= w.row_begin[p + 1]) p++;
+  unpack_row(w.parts[p], token - w.row_begin[p], x);
+  const int n = config_.n_embd;
+  if (config_.embedding_scale != 1) {
+    for (int i = 0; i < n; i++) x[i] *= config_.embedding_scale;
+  }
+  if (weights_.position_embd) {
+    const float* at = weights_.position_embd + size_t(pos) * size_t(n);
+    for (int i = 0; i < n; i++) x[i] += at[i];
+  }
+}
+
+void Decoder::norm_row(const Norm& norm, const float* x, int n, float* out) const {
+  const KernelTable& k = kernels();
+  if (config_.norm == NormKind::layer) {
+    k.layer_norm(x, norm.weight, norm.bias, n, config_.norm_eps, out);
+  } else {
+    k.rms_norm(x, norm.weight, n, config_.norm_eps, out);
+    for (int i = 0; norm.bias && i < n; i++) out[i] += norm.bias[i];
+  }
+}
+
+void Decoder::add_branch(const float* branch, const Norm& post_norm, float* scratch, float* x) const {
+  const int n = config_.n_embd;
+  if (post_norm) {
+    norm_row(post_norm, branch, n, scratch);
+    branch = scratch;
+  }
+  const float scale = config_.residual_scale;
+  if (scale == 1) {
+    for (int i = 0; i < n; i++) x[i] += branch[i];
+  } else {
+    for (int i = 0; i < n; i++) x[i] += scale * branch[i];
+  }
+}
+
+// From the residual stream to what w multiplies: norm, and int8 where w is quantised.
+void Decoder::prepare_row(const Norm& norm, const float* x, const Linear& w, InputBuffer* in, int row) const {
+  norm_row(norm, x, config_.n_embd, in->row(row));
+  if (w.quantised) in->quantise(row);
+}
+
+void Decoder::rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const {
+  if (norm) norm_row(norm, head, config_.head_dim, head);
+  if (rotate) rope.apply(table, head);
+}
+
+int Decoder::first_key(int layer, int pos) const {
+  const int window = config_.window[size_t(layer)];
+  return window ? std::max(0, pos - window + 1) : 0;
+}
+
+// Scale, soft cap and check of logits[begin, end).
+void Decoder::finish_logits(float* logits, int begin, int end) {
+  const float scale = config_.logit_scale, cap = config_.logit_softcap;
+  if (scale != 1) {
+    for (int i = begin; i < end; i++) logits[i] *= scale;
+  }
+  if (cap > 0) {
+    for (int i = begin; i < end; i++) logits[i] = cap * std::tanh(logits[i] / cap);
+  }
+  uint32_t bad = 0;  // an exponent of all ones is NaN or infinity
+  for (int i = begin; i < end; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, logits + i, 4);
+    bad |= (bits & 0x7f800000u) == 0x7f800000u;
+  }
+  if (bad) not_finite_.store(true, std::memory_order_relaxed);
+}
+
+}  // namespace sr

@@ -1,0 +1,96 @@
+// One decoder's forward pass: tokens in, keys and values appended to a cache, logits out. decode.cc runs one token,
+// prefill.cc a block of tokens; both are built from the row operations of decoder.cc and give the same bits.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "model/decoder_config.h"
+#include "model/kv_cache.h"
+#include "model/rope.h"
+#include "model/weights.h"
+
+namespace sr {
+
+constexpr int kMaxBlock = 256;  // tokens of one prefill pass
+
+enum class Logits : uint8_t {
+  none,
+  last,  // [padded_vocab]: of the last token
+  all,   // [n, n_vocab]: of every token; for blocks of two tokens or more
+};
+
+class Decoder {
+ public:
+  Decoder(const PackedModel& model, int threads);
+  ~Decoder();
+
+  const DecoderConfig& config() const { return config_; }
+  int threads() const { return pool_.size(); }
+  size_t bytes_per_token() const { return weights_.bytes_per_token; }
+  // Positions that the model can encode, 0 = no limit.
+  int position_limit() const { return weights_.n_positions; }
+  // Floats that Logits::last needs.
+  int padded_vocab() const { return weights_.head().padded_rows(); }
+
+  // Runs tokens[0..n) (1 <= n <= kMaxBlock, ids in range) at positions pos, pos + 1 ... of the cache, which must hold
+  // all positions before. should_stop is asked by the calling thread once a layer; when it says true, the pass is given
+  // up and false returned: what the cache holds from pos on is then undefined. Sessions may call from several threads;
+  // their passes take turns. Throws Error(runtime) when the logits are not finite.
+  bool forward(const int32_t* tokens, int n, int pos, KvCache* cache, Logits which, float* logits,
+               const std::function<bool()>& should_stop);
+
+ private:
+  struct Thread;
+  struct Block;
+  // What one pass works on.
+  struct Pass {
+    const int32_t* tokens;
+    int n, pos;
+    KvCache* cache;
+    Logits which;
+    float* logits;
+    const std::function<bool()>* should_stop;
+  };
+
+  void decode(int tid, const Pass& pass);
+  void decode_attention(Thread& t, const Pass& pass, int layer);
+  void gather_attention(int tid, Thread& t, int layer, int pos);
+  void prefill(int tid, const Pass& pass);
+  void prefill_attention(Thread& t, const Pass& pass, int layer, int item, int row_begin);
+
+  // Rows: the operations on one token's vector.
+  void embed_row(int32_t token, int pos, float* x) const;
+  void add_branch(const float* branch, const Norm& post_norm, float* scratch, float* x) const;
+  void norm_row(const Norm& norm, const float* x, int n, float* out) const;
+  void prepare_row(const Norm& norm, const float* x, const Linear& w, InputBuffer* in, int row) const;
+  void rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const;
+  void finish_logits(float* logits, int begin, int end);
+  int first_key(int layer, int pos) const;
+  const Rope& rope_of(int layer) const { return config_.window[size_t(layer)] ? rope_local_ : rope_; }
+
+  DecoderConfig config_;
+  DecoderWeights weights_;
+  Rope rope_, rope_local_;
+  ThreadPool pool_;
+  FairMutex turn_;  // the pool and everything below belong to the pass that holds it
+
+  std::vector<std::unique_ptr<Thread>> thread_;
+  std::unique_ptr<Block> block_;
+  // Decode's vectors that threads share.
+  AlignedBuffer<float> qkv_, branch_o_, branch_down_, attention_, gate_up_;
+  AlignedBuffer<float> rope_table_, rope_table_local_;
+  InputBuffer z_;
+  // Partial attention sums: [chunks, n_heads, head_dim] and [chunks, n_heads] twice.
+  int partial_chunks_ = 0;
+  AlignedBuffer<float> partial_out_, partial_max_, partial_sum_;
+  WorkCounter counter_[2];
+  bool leave_ = false;
+  std::atomic<bool> not_finite_{false};
+};
+
+}  // namespace sr

@@ -1,0 +1,33 @@
+// The working memory of a decoder: what belongs to one thread, and what a block of prompt tokens needs.
+#pragma once
+
+#include "model/decoder.h"
+
+namespace sr {
+
+// Every thread keeps its own copy of the residual stream in decode, so that norms need no barrier of their own.
+struct Decoder::Thread {
+  AlignedBuffer<float> x;        // [n_embd]
+  AlignedBuffer<float> scratch;  // [n_embd]
+  InputBuffer in;                // 1 row of n_embd: what attention, FFN or head multiply
+  InputBuffer att;               // 1 row of n_attn: what attn_o multiplies
+  AlignedBuffer<float> q;        // [heads_per_kv, head_dim]
+  AlignedBuffer<float> k;        // [head_dim]
+  AlignedBuffer<uint16_t> half;  // [head_dim]
+  AlignedBuffer<char> attend_scratch;
+  // Prefill only; pages that decode never touches.
+  AlignedBuffer<float> tile;     // [kMaxBlock, 2 tiles]: gate and up of one pair
+  AlignedBuffer<float> sums;     // [2, kMaxQueries, head_dim]
+  AlignedBuffer<char> gemm_scratch;
+};
+
+struct Decoder::Block {
+  AlignedBuffer<float> x;         // [kMaxBlock, n_embd] residual stream
+  InputBuffer in, att, z;         // rows of n_embd, n_attn, n_ff
+  AlignedBuffer<float> qkv;       // [kMaxBlock, padded rows of attn_qkv]
+  AlignedBuffer<float> branch_o, branch_down;  // [kMaxBlock, padded n_embd]
+  AlignedBuffer<float> rope_table, rope_table_local;
+  size_t ld_qkv = 0, ld_branch = 0;
+};
+
+}  // namespace sr

@@ -1,0 +1,201 @@
+// A block of tokens. Phases are separated by barriers; inside a phase threads take rows by fixed ranges and tiles or
+// query blocks from a counter. The last layer computes only what the logits need.
+#include <algorithm>
+#include <cstring>
+
+#include "model/attention.h"
+#include "model/decoder.h"
+#include "model/decoder_buffers.h"
+
+namespace sr {
+namespace {
+
+// `local` seen as the array whose elements from `begin` on it holds: kernels index outputs by row of the matrix.
+float* indexed_from(float* local, size_t begin) {
+  return reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(local) - begin * sizeof(float));
+}
+
+}  // namespace
+
+void Decoder::prefill(int tid, const Pass& pass) {
+  Thread& t = *thread_[size_t(tid)];
+  Block& b = *block_;
+  const DecoderConfig& c = config_;
+  const int n = pass.n, threads = pool_.size(), embd = c.n_embd;
+  int phase = 0;
+
+  // Rows [begin, end) of this thread, of the rows [from, n).
+  const auto for_rows = [&](int from, auto&& fn) {
+    const int begin = from + (n - from) * tid / threads, end = from + (n - from) * (tid + 1) / threads;
+    for (int i = begin; i < end; i++) fn(i);
+  };
+  // Items [0, count), whoever comes first. Two counters in turn: the one that is reset is used by nobody in this phase.
+  const auto for_items = [&](int count, auto&& fn) {
+    WorkCounter& counter = counter_[phase & 1];
+    if (tid == 0) counter_[(phase + 1) & 1].reset();
+    for (int item = counter.take(); item < count; item = counter.take()) fn(item);
+    phase++;
+  };
+  // All tiles of w for rows [from, n).
+  const auto multiply = [&](const Linear& w, InputBuffer& in, float* y, size_t ldy, int from) {
+    const Input input = in.input(from);
+    for_items(w.tiles(), [&](int tile) {
+      gemm(w, input, n - from, tile, tile + 1, y + size_t(from) * ldy, ldy, t.gemm_scratch.data());
+    });
+  };
+  const auto x_row = [&](int i) { return b.x.data() + size_t(i) * embd; };
+  const auto branch_row = [&](AlignedBuffer<float>& branch, int i) { return branch.data() + size_t(i) * b.ld_branch; };
+
+  for_rows(0, [&](int i) {
+    embed_row(pass.tokens[i], pass.pos + i, x_row(i));
+    rope_.fill(pass.pos + i, b.rope_table.data() + size_t(i) * c.rope_dims);
+    rope_local_.fill(pass.pos + i, b.rope_table_local.data() + size_t(i) * c.rope_dims);
+  });
+  int from = 0;  // rows before it are done: their keys and values are all that is still wanted
+  for (int l = 0; l < c.n_layers; l++) {
+    const LayerWeights& w = weights_.layers[size_t(l)];
+    const Rope& rope = rope_of(l);
+    const float* tables = (&rope == &rope_ ? b.rope_table : b.rope_table_local).data();
+    const bool rotate = c.rope_style != RopeStyle::none && c.rope_layers[size_t(l)];
+    for_rows(0, [&](int i) { prepare_row(w.attn_norm, x_row(i), w.attn_qkv, &b.in, i); });
+    pool_.barrier();
+    multiply(w.attn_qkv, b.in, b.qkv.data(), b.ld_qkv, 0);
+    pool_.barrier();
+
+    for_rows(0, [&](int i) {
+      float* row = b.qkv.data() + size_t(i) * b.ld_qkv;
+      const float* table = tables + size_t(i) * c.rope_dims;
+      for (int h = 0; h < c.n_heads; h++) rotate_head(w.q_norm, rope, rotate, table, row + w.head_at[size_t(h)]);
+      for (int h = 0; h < c.n_kv_heads; h++) {
+        float* k = row + w.head_at[size_t(c.n_heads + h)];
+        rotate_head(w.k_norm, rope, rotate, table, k);
+        pass.cache->write(l, h, pass.pos + i, k, row + w.head_at[size_t(c.n_heads + c.n_kv_heads + h)], t.half.data());
+      }
+    });
+    pool_.barrier();
+
+    if (l + 1 == c.n_layers) {
+      if (pass.which == Logits::none) return;
+      if (pass.which == Logits::last) from = n - 1;
+    }
+    const int blocks = (n - from + kMaxQueries - 1) / kMaxQueries;
+    for_items(blocks * c.n_heads, [&](int item) { prefill_attention(t, pass, l, item, from); });
+    pool_.barrier();
+    if (w.attn_o.quantised) {
+      for_rows(from, [&](int i) { b.att.quantise(i); });
+      pool_.barrier();
+    }
+    multiply(w.attn_o, b.att, b.branch_o.data(), b.ld_branch, from);
+    pool_.barrier();
+
+    for_rows(from, [&](int i) {
+      add_branch(branch_row(b.branch_o, i), w.post_attn_norm, t.scratch.data(), x_row(i));
+      if (!c.parallel_block) {
+        prepare_row(w.ffn_norm, x_row(i), w.ffn_in, &b.in, i);
+      } else if (w.ffn_in.quantised && !w.attn_qkv.quantised) {
+        b.in.quantise(i);
+      }
+    });
+    pool_.barrier();
+    const int step = c.ffn_gated ? 2 : 1;
+    const Input ffn_input = b.in.input(from);
+    for_items(w.ffn_in.tiles() / step, [&](int item) {
+      const int tile = item * step, ld = step * kTileRows;
+      gemm(w.ffn_in, ffn_input, n - from, tile, tile + step, indexed_from(t.tile.data(), size_t(tile) * kTileRows),
+           size_t(ld), t.gemm_scratch.data());
+      for (int i = from; i < n; i++) {
+        const float* gate = t.tile.data() + size_t(i - from) * ld;
+        kernels().activate(c.activation, gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows,
+                           b.z.row(i) + item * kTileRows);
+        if (w.ffn_down.quantised) b.z.quantise(i, item * kTileRows, kTileRows);
+      }
+    });
+    pool_.barrier();
+    multiply(w.ffn_down, b.z, b.branch_down.data(), b.ld_branch, from);
+    if (tid == 0) leave_ = (*pass.should_stop)();
+    pool_.barrier();
+
+    if (leave_) return;
+    for_rows(from, [&](int i) {
+      add_branch(branch_row(b.branch_down, i), w.post_ffn_norm, t.scratch.data(), x_row(i));
+    });
+    // The same thread goes on with the same rows, unless fewer rows are left: then another may have them.
+    if (from > 0) pool_.barrier();
+  }
+
+  const Linear& head = weights_.head();
+  if (pass.which == Logits::last) {
+    prepare_row(weights_.output_norm, x_row(n - 1), head, &t.in, 0);
+    const int begin = head.share[size_t(tid)], end = head.share[size_t(tid) + 1];
+    gemv(head, t.in.input(), begin, end, pass.logits);
+    finish_logits(pass.logits, begin * kTileRows, std::min(end * kTileRows, c.n_vocab));
+    return;
+  }
+  for_rows(0, [&](int i) { prepare_row(weights_.output_norm, x_row(i), head, &b.in, i); });
+  pool_.barrier();
+  const Input input = b.in.input(0);
+  for_items(head.tiles(), [&](int tile) {
+    // Through local memory: the caller's rows are not padded to whole tiles.
+    const int row = tile * kTileRows, width = std::min(kTileRows, c.n_vocab - row);
+    gemm(head, input, n, tile, tile + 1, indexed_from(t.tile.data(), size_t(row)), kTileRows, t.gemm_scratch.data());
+    for (int i = 0; i < n; i++) {
+      float* out = pass.logits + size_t(i) * c.n_vocab + row;
+      std::memcpy(out, t.tile.data() + size_t(i) * kTileRows, size_t(width) * sizeof(float));
+      finish_logits(out, 0, width);
+    }
+  });
+}
+
+// Item: one head's block of up to kMaxQueries queries, against its keys chunk by chunk.
+void Decoder::prefill_attention(Thread& t, const Pass& pass, int layer, int item, int row_begin) {
+  Block& b = *block_;
+  const DecoderConfig& c = config_;
+  const int hd = c.head_dim, head = item % c.n_heads, kv_head = head / c.heads_per_kv();
+  const int begin = row_begin + item / c.n_heads * kMaxQueries, count = std::min(kMaxQueries, pass.n - begin);
+  const int q_at = weights_.layers[size_t(layer)].head_at[size_t(head)];
+  float row_max[kMaxQueries], row_sum[kMaxQueries];
+  int firsts[kMaxQueries], lasts[kMaxQueries];
+  bool empty[kMaxQueries];
+  AttentionSums sums[kMaxQueries];
+  float* partial = t.sums.data() + size_t(kMaxQueries) * hd;
+  for (int i = 0; i < count; i++) {
+    sums[i] = {t.sums.data() + size_t(i) * hd, 0, 0};
+    empty[i] = true;
+  }
+
+  const int first_pos = pass.pos + begin, last_pos = first_pos + count - 1;
+  for (int chunk = first_key(layer, first_pos) / kAttentionChunk; chunk <= last_pos / kAttentionChunk; chunk++) {
+    const int base = chunk * kAttentionChunk;
+    for (int i = 0; i < count; i++) {
+      const int pos = first_pos + i;
+      firsts[i] = std::min(std::max(first_key(layer, pos) - base, 0), kAttentionChunk);
+      lasts[i] = std::min(std::max(pos + 1 - base, 0), kAttentionChunk);
+    }
+    AttendArgs a;
+    a.q = b.qkv.data() + size_t(begin) * b.ld_qkv + q_at;
+    a.n_q = count;
+    a.q_stride = b.ld_qkv;
+    a.head_dim = hd;
+    a.k = pass.cache->k(layer, kv_head) + size_t(base) * hd;
+    a.v = pass.cache->v(layer, kv_head) + size_t(base) * hd;
+    a.n_keys = std::min(last_pos + 1 - base, kAttentionChunk);
+    a.first = firsts;
+    a.last = lasts;
+    a.scale = c.attn_scale;
+    a.softcap = c.attn_softcap;
+    a.out = partial;
+    a.out_stride = size_t(hd);
+    a.row_max = row_max;
+    a.row_sum = row_sum;
+    a.scratch = t.attend_scratch.data();
+    kernels().attend(a);
+    for (int i = 0; i < count; i++) {
+      if (firsts[i] >= lasts[i]) continue;
+      merge_chunk(&sums[i], empty[i], partial + size_t(i) * hd, row_max[i], row_sum[i], hd);
+      empty[i] = false;
+    }
+  }
+  for (int i = 0; i < count; i++) finish_attention(sums[i], hd, b.att.row(begin + i) + size_t(head) * hd);
+}
+
+}  // namespace sr
