@@ -127,7 +127,9 @@ def bench(
         peak, faults = peak_rss_bytes(), major_faults() - faults
 
         if not np.isfinite(session.logits()).all():
-            raise Error(f"{path}: the model's logits are not finite numbers; convert it again with `sparse-run convert`")
+            raise Error(
+                f"{path}: the model's logits are not finite numbers; convert it again with `sparse-run convert`"
+            )
         tick("token hash")
         token_hash = greedy_hash(session, warm)
         tick("memory read rate")
