@@ -14,7 +14,8 @@ void* allocate_zeroed(size_t bytes, const char* what);
 void free_zeroed(void* data, size_t bytes);
 // Asks for huge pages, for memory that is used from end to end; a hint, never an error.
 void prefer_huge_pages(void* data, size_t bytes);
-// Gives the whole pages inside [data, data + bytes) back; they read as zero afterwards. Only for allocate_zeroed memory.
+// Gives the whole pages inside [data, data + bytes) back; they read as zero afterwards where the system can do it. Only
+// for allocate_zeroed memory.
 void discard_pages(void* data, size_t bytes);
 
 template <class T>

@@ -1,5 +1,5 @@
-// Central barrier with a generation counter. Spinning is bounded in time, as a barrier costs far less than a wake-up but a
-// descheduled thread must be able to run: about 60 us at a barrier and 100 us between runs, almost nothing when there
+// Central barrier with a generation counter. Spinning is bounded in time, as a barrier costs far less than a wake-up, but
+// a descheduled thread must be able to run: about 60 us at a barrier and 100 us between runs, almost nothing when there
 // are more threads than cores.
 #include "base/thread_pool.h"
 

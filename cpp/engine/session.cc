@@ -1,5 +1,5 @@
-// A conversation's state: cached tokens, the last logits, statistics, cancellation. Prompts run in blocks; the cache counts
-// a block's tokens only when the whole block is done.
+// A conversation's state: cached tokens, the last logits, statistics, cancellation. Prompts run in blocks; the cache
+// counts a block's tokens only when the whole block is done.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -174,7 +174,6 @@ int Session::n_ctx() const { return impl_->n_ctx; }
 int Session::n_past() const { return impl_->n_past; }
 int Session::n_vocab() const { return impl_->model->decoder.config().n_vocab; }
 size_t Session::kv_bytes() const { return impl_->cache.bytes(impl_->most_tokens); }
-void Session::set_poll(std::function<bool()> poll) { impl_->poll = std::move(poll); }
 void Session::cancel() { impl_->cancelled.store(true, std::memory_order_relaxed); }
 
 std::vector<int32_t> Session::tokens() const {
@@ -185,6 +184,11 @@ std::vector<int32_t> Session::tokens() const {
 Stats Session::stats() const {
   std::lock_guard<std::mutex> lock(impl_->stats_mutex);
   return impl_->stats;
+}
+
+void Session::set_poll(std::function<bool()> poll) {
+  InUse guard(&impl_->in_use);
+  impl_->poll = std::move(poll);
 }
 
 void Session::truncate(int n) {

@@ -1,0 +1,105 @@
+// Packing and unpacking of panels for the converter and the tests.
+#include <algorithm>
+
+#include "bindings/bindings.h"
+#include "kernels/pack/pack.h"
+
+namespace sr {
+namespace {
+
+constexpr py::ssize_t kMaxSide = py::ssize_t(1) << 24;
+
+void check_sides(WeightKind kind, py::ssize_t rows, py::ssize_t cols, int group) {
+  if (rows < 1 || rows > kMaxSide || cols < 1 || cols > kMaxSide) {
+    throw Error(ErrorCode::usage, "rows and cols must be from 1 to " + std::to_string(kMaxSide));
+  }
+  if (is_quantised(kind) && group != 32 && group != 16) {
+    throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
+  }
+  if (!is_quantised(kind) && rows > kTileRows) throw Error(ErrorCode::usage, "a float panel has at most 64 rows");
+}
+
+size_t panel_bytes_py(const std::string& kind, py::ssize_t rows, py::ssize_t cols, int group, bool has_min) {
+  const WeightKind k = weight_kind_from_name(kind);
+  check_sides(k, rows, cols, group);
+  return panel_bytes(k, int(rows), int(cols), group, has_min);
+}
+
+py::array pack_panel_py(const std::string& kind, const py::array& codes_in, const py::array& scales_in,
+                        const py::object& mins_in, int group) {
+  const WeightKind k = weight_kind_from_name(kind);
+  if (!is_quantised(k)) throw Error(ErrorCode::usage, kind + " is not a quantised kind: use pack_panel_float");
+  const py::array codes = checked_array(codes_in, 'u', 1, 2, "codes");
+  const py::array scales = checked_array(scales_in, 'f', 2, 2, "scales");
+  const bool has_min = !mins_in.is_none();
+  py::array mins;
+  if (has_min) mins = checked_array(py::array::ensure(mins_in), 'f', 2, 2, "mins");
+  const py::ssize_t rows = codes.shape(0), cols = codes.shape(1);
+  check_sides(k, rows, cols, group);
+  const py::ssize_t groups = (cols + group - 1) / group;
+  for (const py::array* a : {&scales, has_min ? &mins : &scales}) {
+    if (a->shape(0) != rows || a->shape(1) != groups) {
+      throw Error(ErrorCode::usage, "scales and mins must have the shape [rows, ceil(cols / group)]");
+    }
+  }
+  py::array_t<uint8_t> out(py::ssize_t(panel_bytes(k, int(rows), int(cols), group, has_min)));
+  const auto* c = static_cast<const uint8_t*>(codes.data());
+  const auto* s = static_cast<const uint16_t*>(scales.data());
+  const auto* m = has_min ? static_cast<const uint16_t*>(mins.data()) : nullptr;
+  uint8_t* o = out.mutable_data();
+  py::gil_scoped_release release;
+  uint8_t top = 0;
+  for (py::ssize_t i = 0; i < rows * cols; i++) top = std::max(top, c[i]);
+  if (int(top) >> code_bits(k)) {
+    throw Error(ErrorCode::usage, "code " + std::to_string(top) + " does not fit into " + kind);
+  }
+  pack_panel(k, c, s, m, int(rows), int(cols), group, o);
+  return out;
+}
+
+py::array pack_panel_float_py(const std::string& kind, const py::array& values_in) {
+  const WeightKind k = weight_kind_from_name(kind);
+  if (is_quantised(k)) throw Error(ErrorCode::usage, kind + " is a quantised kind: use pack_panel");
+  const py::array values = checked_array(values_in, 'f', 4, 2, "values");
+  const py::ssize_t rows = values.shape(0), cols = values.shape(1);
+  check_sides(k, rows, cols, 32);
+  py::array_t<uint8_t> out(py::ssize_t(panel_bytes(k, int(rows), int(cols), 32, false)));
+  const auto* v = static_cast<const float*>(values.data());
+  uint8_t* o = out.mutable_data();
+  py::gil_scoped_release release;
+  pack_panel_float(k, v, int(rows), int(cols), o);
+  return out;
+}
+
+py::array unpack_panel_py(const std::string& kind, const py::array& data_in, py::ssize_t rows, py::ssize_t cols,
+                          int group, bool has_min) {
+  const WeightKind k = weight_kind_from_name(kind);
+  check_sides(k, rows, cols, group);
+  const py::array data = checked_array(data_in, 'u', 1, 1, "data");
+  const size_t bytes = panel_bytes(k, int(rows), int(cols), group, has_min);
+  if (size_t(data.size()) != bytes) {
+    throw Error(ErrorCode::usage, "the panel must have " + std::to_string(bytes) + " bytes, got " +
+                                      std::to_string(data.size()));
+  }
+  py::array_t<float> out({rows, cols});
+  const auto* d = static_cast<const uint8_t*>(data.data());
+  float* o = out.mutable_data();
+  py::gil_scoped_release release;
+  unpack_panel(k, d, int(rows), int(cols), group, has_min, o);
+  return out;
+}
+
+}  // namespace
+
+void bind_pack(py::module_& m) {
+  m.def("panel_bytes", &panel_bytes_py, py::arg("kind"), py::arg("rows"), py::arg("cols"), py::arg("group"),
+        py::arg("has_min"), "Bytes of one panel of `rows` rows (models/format.md).");
+  m.def("pack_panel", &pack_panel_py, py::arg("kind"), py::arg("codes"), py::arg("scales"), py::arg("mins").none(true),
+        py::arg("group"), "One quantised panel: codes [rows, cols], scales and mins [rows, ceil(cols / group)].");
+  m.def("pack_panel_float", &pack_panel_float_py, py::arg("kind"), py::arg("values"),
+        "One float panel (up to 64 rows), values [rows, cols].");
+  m.def("unpack_panel", &unpack_panel_py, py::arg("kind"), py::arg("data"), py::arg("rows"), py::arg("cols"),
+        py::arg("group"), py::arg("has_min"), "The weights of one panel, [rows, cols].");
+}
+
+}  // namespace sr
