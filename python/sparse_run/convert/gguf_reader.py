@@ -8,6 +8,7 @@ is read cannot crash the process, and reading a large model does not fill the pr
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ class GgufFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for its writer
+                raise ModelError(f"{path}: cannot be read (not a regular file); give a .gguf file")
             self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
             raise ModelError(f"{path}: no such file; check the path") from None
@@ -141,10 +144,6 @@ class GgufFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def stat(self) -> os.stat_result:
-        """The file's current size and date, for finding out whether it changed meanwhile."""
-        return os.fstat(self._fd)
 
     def read_rows(self, tensor: GgufTensor, begin: int, end: int) -> NDArray[np.uint8]:
         """Rows begin..end-1 as stored: uint8 [end - begin, bytes of a row]. A vector is one row."""

@@ -29,7 +29,7 @@ def choose_panel_rows(rows: int, form: Form, unit: int = TILE_ROWS) -> int:
     if not form.quantised:
         return TILE_ROWS
     panels = max(1, -(-rows // 2048))
-    if rows >= 1024 and panels % 2:
+    if rows >= 512 and panels % 2:
         panels += 1
     return round_up(-(-rows // panels), unit)
 

@@ -60,6 +60,8 @@ def write_packed(
     plan = plan_file(specs)
     with StagedDirectory(dst) as staged:
         try:
+            if progress is not None:
+                progress(what, 0, plan.nbytes)
             if add_files is not None:
                 add_files(staged.path)
             with open(staged.path / WEIGHTS_FILE, "wb", buffering=0) as file:
