@@ -1,9 +1,11 @@
 // Chooses the kernel table of this process once.
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
 #include "base/cpu_info.h"
 #include "kernels/generic/generic.h"
+#include "kernels/panels.h"
 #include "kernels/table.h"
 #include "sparse_run/error.h"
 
@@ -58,6 +60,26 @@ const KernelTable& choose() {
 const KernelTable& kernels() {
   static const KernelTable& table = choose();
   return table;
+}
+
+void prefetch_start(const PanelMatrix& w, int tile_begin, int tile_end, int lines) {
+  if (tile_begin >= tile_end) return;
+  const TilePlace at = place_tile(w, tile_begin);
+  const int tiles = std::min(tile_end - tile_begin, (at.R - at.row) / kTileRows);
+  if (!is_quantised(w.kind)) {
+    const uint8_t* p = at.panel + size_t(at.row) * w.cols * (w.kind == WeightKind::f32 ? 4 : 2);
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
+    return;
+  }
+  const size_t head_row = size_t(at.row) * 2, run = w.run_bytes(at.R);
+  const int head_lines = tiles * kTileRows * 2 / 64, heads = 32 / w.group * (w.has_min ? 2 : 1);
+  for (int h = 0; h < heads && lines > 0; ++h)
+    for (int i = 0; i < head_lines && lines > 0; ++i, --lines)
+      __builtin_prefetch(at.panel + size_t(h) * at.R * 2 + head_row + 64 * i, 0, 2);
+  const uint8_t* runs = at.panel + w.slab_head_bytes(at.R) + size_t(at.row) * (w.kind == WeightKind::q8 ? 8 : 4) / 8;
+  const int run_lines = (tiles * kTileRows * (w.kind == WeightKind::q8 ? 8 : 4) / 8 + 63) / 64;
+  for (int i = 0; i < run_lines && lines > 0; ++i)
+    for (int c = 0; c < kSlabCols && lines > 0; ++c, --lines) __builtin_prefetch(runs + c * run + 64 * i, 0, 2);
 }
 
 size_t gemm_scratch_bytes(const PanelMatrix& w) {

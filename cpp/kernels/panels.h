@@ -20,16 +20,4 @@ SR_INLINE TilePlace place_tile(const PanelMatrix& w, int tile) {
           row - first};
 }
 
-// Calls fn(panel bytes, R, first row inside the panel, number of tiles, first row of the matrix) for every stretch of
-// [tile_begin, tile_end) that lies in one panel.
-template <class Fn>
-SR_INLINE void for_each_stretch(const PanelMatrix& w, int tile_begin, int tile_end, Fn fn) {
-  while (tile_begin < tile_end) {
-    const TilePlace at = place_tile(w, tile_begin);
-    const int n = std::min(tile_end - tile_begin, (at.R - at.row) / kTileRows);
-    fn(at.panel, at.R, at.row, n, tile_begin * kTileRows);
-    tile_begin += n;
-  }
-}
-
 }  // namespace sr

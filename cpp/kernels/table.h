@@ -85,6 +85,10 @@ struct KernelTable {
   uint64_t (*read_sum)(const void* data, size_t bytes);
 };
 
+// Asks for the first lines that gemv_q will read of these tiles, at most `lines` of 64 bytes: called before a barrier,
+// it keeps the memory busy while threads wait and norms are computed.
+void prefetch_start(const PanelMatrix& w, int tile_begin, int tile_end, int lines);
+
 // Scratch bytes that gemm_q and gemm_f need per thread for w.
 size_t gemm_scratch_bytes(const PanelMatrix& w);
 

@@ -1,8 +1,8 @@
 // Matrix-vector products on stored panels, dense and on active columns, for any Vec.
 //
 // One slab (32 columns) at a time; inside it tile after tile (64 rows), all columns of the slab into registers, four
-// columns an instruction. The columns of a slab are up to 32 streams that advance by half a line a tile; the lines of
-// the next slab are prefetched meanwhile, so that DRAM sees one long request queue whatever columns are skipped.
+// columns an instruction. The columns of a slab are up to 32 streams that advance by half a line a tile; lines of
+// a slab further on are prefetched meanwhile, so that DRAM sees one long request queue whatever columns are skipped.
 // The dense product is the product on all columns: the same code, the same sums, the same bits.
 #pragma once
 
@@ -21,7 +21,7 @@ struct SlabPlan {
   uint32_t off[2 * kSlabCols];
   uint32_t x4[2 * kSlabCols / 4];
   int quads[2];  // per group; the second group's quads follow the first's
-  int columns;   // distinct columns, for the prefetcher
+  int columns;   // entries of off
 };
 
 // Columns cols[0..count) (ascending; null = all 32) of a slab whose runs are run_bytes apart. A group's last quad is
@@ -89,73 +89,113 @@ inline void tile_slab(const uint8_t* low, const uint8_t* high, const uint32_t* o
   add_slab<V, BITS, MIN>(acc, scale, min, x_scale, x_sum, y);
 }
 
-// Prefetches one tile's share of the next slab: 64-byte lines of the columns in off.
-SR_INLINE void prefetch_columns(const uint8_t* runs, const uint32_t* off, int begin, int end) {
-  for (int c = begin; c < end; ++c) __builtin_prefetch(runs + off[c], 0, 2);
+// Where prefetching runs ahead of computing: a slab of a stretch, and the columns of it that will be read.
+struct Ahead {
+  const uint8_t* slab = nullptr;  // null: nothing to fetch
+  const uint8_t* cols = nullptr;  // null: all 32
+  int count = 0, R = 0, row = 0, tiles = 0;
+};
+
+// One tile's share of a slab that is read later: its lines of scales and minima, and of the active columns' runs.
+template <class V, int BITS, bool MIN, int GROUP>
+SR_INLINE void prefetch_tile(const PanelMatrix& w, const Ahead& a, int t) {
+  using P = Panel<V, BITS>;
+  if (!a.slab || a.count == 0 || t >= a.tiles) return;
+  const uint8_t* head = a.slab + size_t(a.row + t * kTileRows) * 2;
+  for (int p = 0; p < kSlabCols / GROUP * (MIN ? 2 : 1); ++p, head += size_t(a.R) * 2) {
+    __builtin_prefetch(head, 0, 2);
+    __builtin_prefetch(head + 64, 0, 2);
+  }
+  const size_t run = w.run_bytes(a.R);
+  const uint8_t* low = a.slab + w.slab_head_bytes(a.R) + size_t(a.row / kTileRows + t) * P::kLow;
+  const bool high = P::kHigh && t % (64 / std::max(P::kHigh, 1)) == 0;
+  const uint8_t* high_plane = a.slab + w.slab_head_bytes(a.R) + a.R / 2 + size_t(a.row / kTileRows + t) * P::kHigh;
+  // A line holds two tiles of 4-bit codes: each tile fetches for half of the columns.
+  const int half = P::kLow == 32 ? (a.count + 1) / 2 : a.count;
+  const bool odd = P::kLow == 32 && t % 2;
+  const int begin = odd ? half : 0, end = odd ? a.count : half;
+  if (!a.cols) {
+    for (int c = begin; c < end; ++c) __builtin_prefetch(low + c * run, 0, 2);
+    if (high)
+      for (int c = 0; c < kSlabCols; ++c) __builtin_prefetch(high_plane + c * run, 0, 2);
+  } else {
+    for (int c = begin; c < end; ++c) __builtin_prefetch(low + a.cols[c] * run, 0, 2);
+    if (high)
+      for (int c = 0; c < a.count; ++c) __builtin_prefetch(high_plane + a.cols[c] * run, 0, 2);
+  }
+}
+
+// Bytes that prefetching keeps in flight or in L2 ahead of the arithmetic; measured in cpp/kernels/README.md.
+constexpr size_t kPrefetchBytes = 24 * 1024;
+
+// A stretch of tiles inside one panel.
+struct Stretch {
+  const uint8_t* panel;
+  int R, row, tiles;
+};
+SR_INLINE Stretch stretch_at(const PanelMatrix& w, int tile, int tile_end) {
+  if (tile >= tile_end) return {nullptr, 0, 0, 0};
+  const TilePlace at = place_tile(w, tile);
+  return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows)};
 }
 
 template <class V, int BITS, bool MIN, int GROUP>
-void gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, const uint8_t* panel, int R,
-                  int row, int tiles, float* y) {
+void gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, const Stretch& at,
+                  const Stretch& after, int* fetched, float* y) {
   using P = Panel<V, BITS>;
   constexpr int kParts = kSlabCols / GROUP;
-  const int slabs = w.slabs();
+  const int slabs = w.slabs(), tiles = at.tiles, R = at.R;
   const size_t slab_bytes = w.slab_bytes(R), head = w.slab_head_bytes(R), run_bytes = w.run_bytes(R);
+  const int distance = int(std::min<size_t>(1 + kPrefetchBytes * R / (slab_bytes * kTileRows * tiles), 16));
   std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
-  SlabPlan plans[2];
-  auto plan = [&](int s) {
-    plan_slab(x.q + s * kSlabCols, active ? active->cols + s * kSlabCols : nullptr, active ? active->count[s] : 0, GROUP,
-              uint32_t(run_bytes), &plans[s & 1]);
-  };
-  plan(0);
   for (int s = 0; s < slabs; ++s) {
-    const SlabPlan& now = plans[s & 1];
-    const SlabPlan* next = nullptr;
-    if (s + 1 < slabs) {
-      plan(s + 1);
-      next = &plans[(s + 1) & 1];
+    SlabPlan plan;
+    plan_slab(x.q + s * kSlabCols, active ? active->cols + s * kSlabCols : nullptr, active ? active->count[s] : 0, GROUP,
+              uint32_t(run_bytes), &plan);
+    // One slab further on, two while the lead is still short (the start of a matrix).
+    Ahead ahead[2];
+    for (int i = 0; i < 2 && *fetched <= s + distance; ++i, ++*fetched) {
+      const Stretch& target = *fetched < slabs ? at : after;
+      const int f = *fetched < slabs ? *fetched : *fetched - slabs;
+      if (!target.panel || f >= slabs) break;
+      ahead[i].slab = target.panel + size_t(f) * w.slab_bytes(target.R);
+      ahead[i].cols = active ? active->cols + f * kSlabCols : nullptr;
+      ahead[i].count = active ? active->count[f] : kSlabCols;
+      ahead[i].R = target.R;
+      ahead[i].row = target.row;
+      ahead[i].tiles = target.tiles;
     }
-    const uint8_t* slab = panel + size_t(s) * slab_bytes;
-    const uint8_t* low = slab + head + size_t(row / kTileRows) * P::kLow;
-    const uint8_t* high = slab + head + R / 2 + size_t(row / kTileRows) * P::kHigh;
-    const uint16_t* scale = reinterpret_cast<const uint16_t*>(slab) + row;
-    const bool empty = now.columns == 0;
+    const uint8_t* slab = at.panel + size_t(s) * slab_bytes;
+    const uint8_t* low = slab + head + size_t(at.row / kTileRows) * P::kLow;
+    const uint8_t* high = slab + head + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
+    const uint16_t* scale = reinterpret_cast<const uint16_t*>(slab) + at.row;
     for (int t = 0; t < tiles; ++t) {
-      if (next && next->columns) {
-        // A line holds two tiles of 4-bit runs: each tile fetches the lines of half of the columns.
-        const int half = P::kLow == 32 ? (next->columns + 1) / 2 : next->columns;
-        const bool odd = P::kLow == 32 && t % 2;
-        prefetch_columns(low + slab_bytes + size_t(t) * P::kLow, next->off, odd ? half : 0, odd ? next->columns : half);
-        if (P::kHigh && t % (64 / std::max(P::kHigh, 1)) == 0)
-          prefetch_columns(high + slab_bytes + size_t(t) * P::kHigh, next->off, 0, next->columns);
-        const uint8_t* heads = reinterpret_cast<const uint8_t*>(scale + size_t(t) * kTileRows) + slab_bytes;
-        for (int p = 0; p < kParts * (MIN ? 2 : 1); ++p, heads += size_t(R) * 2) {
-          __builtin_prefetch(heads, 0, 2);
-          __builtin_prefetch(heads + 64, 0, 2);
-        }
-      }
-      if (empty) continue;
+      prefetch_tile<V, BITS, MIN, GROUP>(w, ahead[0], t);
+      if (ahead[1].slab) prefetch_tile<V, BITS, MIN, GROUP>(w, ahead[1], t);
+      if (plan.columns == 0) continue;
       const uint8_t* l = low + size_t(t) * P::kLow;
       const uint8_t* h = high + size_t(t) * P::kHigh;
       float* out = y + size_t(t) * kTileRows;
       int first = 0;
       for (int p = 0; p < kParts; ++p) {
-        const int quads = now.quads[p];
+        const int quads = plan.quads[p];
         if (quads == 0) continue;
         const int32_t sum = kParts == 1 ? x.sum[2 * s] + x.sum[2 * s + 1] : x.sum[2 * s + p];
         const uint16_t* sc = scale + size_t(p) * R + size_t(t) * kTileRows;
         const uint16_t* mn = scale + size_t(kParts + p) * R + size_t(t) * kTileRows;
         const float xs = x.scale[s], x_sum = xs * float(sum);
+        const int32_t start = -(sum << (BITS - 1));
         if (quads == GROUP / 4)
-          tile_slab<V, BITS, MIN, GROUP, GROUP / 4>(l, h, now.off + 4 * first, now.x4 + first, quads,
-                                                    -(sum << (BITS - 1)), sc, mn, xs, x_sum, out);
+          tile_slab<V, BITS, MIN, GROUP, GROUP / 4>(l, h, plan.off + 4 * first, plan.x4 + first, quads, start, sc, mn, xs,
+                                                    x_sum, out);
         else
-          tile_slab<V, BITS, MIN, GROUP, 0>(l, h, now.off + 4 * first, now.x4 + first, quads, -(sum << (BITS - 1)), sc,
-                                            mn, xs, x_sum, out);
+          tile_slab<V, BITS, MIN, GROUP, 0>(l, h, plan.off + 4 * first, plan.x4 + first, quads, start, sc, mn, xs, x_sum,
+                                            out);
         first += quads;
       }
     }
   }
+  *fetched = std::max(1, *fetched - slabs);
 }
 
 // Calls fn<BITS, MIN, GROUP> for the layout of w.
@@ -183,9 +223,14 @@ template <class V, int BITS, bool MIN, int GROUP>
 struct GemvLayout {
   static void run(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, int tile_begin, int tile_end,
                   float* y) {
-    for_each_stretch(w, tile_begin, tile_end, [&](const uint8_t* panel, int R, int row, int tiles, int y_row) {
-      gemv_stretch<V, BITS, MIN, GROUP>(w, x, active, panel, R, row, tiles, y + y_row);
-    });
+    Stretch now = stretch_at(w, tile_begin, tile_end);
+    int fetched = 1;  // slabs of `now` already asked for
+    for (int tile = tile_begin; tile < tile_end;) {
+      const Stretch after = stretch_at(w, tile + now.tiles, tile_end);
+      gemv_stretch<V, BITS, MIN, GROUP>(w, x, active, now, after, &fetched, y + size_t(tile) * kTileRows);
+      tile += now.tiles;
+      now = after;
+    }
   }
 };
 
