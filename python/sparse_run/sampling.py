@@ -49,8 +49,8 @@ class Sampling:
         check("repeat_last_n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (the whole context) or more")
         check("seed", self.seed, -1 <= self.seed < 2**63, "-1 (a fresh one) or a number from 0 to 2^63 - 1")
 
-    def sampler(self) -> _core.Sampler:
-        """A new sampler of the core with these options."""
+    def sampler(self, n_ctx: int) -> _core.Sampler:
+        """A new sampler of the core with these options, for a context of `n_ctx` tokens."""
         from . import _core
 
         return _core.Sampler(
@@ -59,6 +59,6 @@ class Sampling:
             top_p=self.top_p,
             min_p=self.min_p,
             repeat_penalty=self.repeat_penalty,
-            repeat_last_n=self.repeat_last_n,
+            repeat_last_n=n_ctx if self.repeat_last_n < 0 else self.repeat_last_n,
             seed=self.seed,
         )

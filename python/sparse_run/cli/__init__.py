@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -126,6 +127,9 @@ def _mute(stream: Any) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0 success, 1 run-time failure, 2 usage, 3 check failed, 4 model not
     found or unreadable, 5 memory budget, 130 interrupted. A reader that closes our output early is a success."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ?, and nothing fails
     code = 0
     try:
         result = cli.main(args=None if args is None else list(args), prog_name="sparse-run", standalone_mode=False)
@@ -158,4 +162,3 @@ def main(args: Sequence[str] | None = None) -> int:
         _fail(f"{where}{error.strerror or error}{hint}")
         code = 1
     return code
-

@@ -19,6 +19,7 @@ from ..sampling import Sampling
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..generation import Generation
     from ..model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -103,17 +104,27 @@ def sampling_options(function: F) -> F:
     """Gives the command `sampling: Sampling`."""
     default = Sampling()
 
-    @click.option("--temp", type=float, default=default.temperature, show_default=True, help="Temperature; 0 is greedy.")
+    @click.option(
+        "--temp", type=float, default=default.temperature, show_default=True, help="Temperature; 0 is greedy."
+    )
     @click.option("--top-k", type=int, default=default.top_k, show_default=True, help="Of the K likeliest; 0 is all.")
-    @click.option("--top-p", type=float, default=default.top_p, show_default=True, help="Of the likeliest that sum to P.")
+    @click.option(
+        "--top-p", type=float, default=default.top_p, show_default=True, help="Of the likeliest that sum to P."
+    )
     @click.option("--min-p", type=float, default=default.min_p, show_default=True, help="At least P of the likeliest.")
     @click.option(
-        "--repeat-penalty", type=float, default=default.repeat_penalty, show_default=True, help="On recent tokens; 1 is off."
+        "--repeat-penalty",
+        type=float,
+        default=default.repeat_penalty,
+        show_default=True,
+        help="On recent tokens; 1 is off.",
     )
     @click.option(
         "--repeat-last-n", type=int, default=default.repeat_last_n, show_default=True, help="Recent tokens it looks at."
     )
-    @click.option("-s", "--seed", type=int, default=default.seed, show_default=True, help="Random seed; -1 is a fresh one.")
+    @click.option(
+        "-s", "--seed", type=int, default=default.seed, show_default=True, help="Random seed; -1 is a fresh one."
+    )
     @functools.wraps(function)
     def wrapper(
         *args: Any,
@@ -216,13 +227,18 @@ def _size(count: int) -> str:
 
 
 def load_model(
-    model: str | None, *, threads: int | None = None, ctx_size: int | None = None, quiet: bool = False
+    model: str | None,
+    *,
+    threads: int | None = None,
+    ctx_size: int | None = None,
+    quiet: bool = False,
+    chat_template: str | None = None,
 ) -> Model:
     """Finds the model (converting or downloading it where that is needed, with a bar) and opens it."""
     from ..model import Model
 
     with Progress(quiet=quiet) as progress:
-        return Model.load(model, threads=threads, ctx_size=ctx_size, progress=progress)
+        return Model.load(model, threads=threads, ctx_size=ctx_size, chat_template=chat_template, progress=progress)
 
 
 def read_text(path: str) -> str:
@@ -231,4 +247,17 @@ def read_text(path: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{'stdin' if path == '-' else path} is not UTF-8 text (byte {error.start}); convert it") from None
+        raise UsageError(
+            f"{'stdin' if path == '-' else path} is not UTF-8 text (byte {error.start}); convert it"
+        ) from None
+
+
+def timings_line(generation: Generation) -> str:
+    """Speed of one answer, for people."""
+    timings = generation.timings
+    cached = f" (+{timings.cached_tokens} cached)" if timings.cached_tokens else ""
+    return (
+        f"[prompt {timings.prompt_tokens} tokens{cached}, {timings.prompt_tokens_per_s:.0f}/s; "
+        f"answer {len(generation.tokens)} tokens, {timings.decode_tokens_per_s:.1f}/s; "
+        f"first token after {timings.first_token_seconds:.2f} s]"
+    )

@@ -1,0 +1,311 @@
+"""A model, opened: text in, text out. The typed API that the commands use as well."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from .errors import UsageError
+from .generation import Generation
+from .session import Session
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from . import _core
+    from .template import ChatTemplate
+    from .tokenizer import Tokenizer
+
+DEFAULT_CTX_SIZE = 4096
+Progress = Callable[[str, int, int], None]
+
+log = logging.getLogger("sparse_run")
+log.addHandler(logging.NullHandler())
+
+
+class Message(TypedDict):
+    """One turn of a conversation; role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+class Model:
+    """An opened model. Safe to use from several threads: each generation has a session of its own.
+
+    >>> with Model.load("model.gguf") as model:  # doctest: +SKIP
+    ...     print(model.generate("The capital of France is", max_tokens=8, temperature=0).read())
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        ctx_size: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        """Opens a packed model directory; `Model.load` also takes GGUF files and names."""
+        from . import _core
+
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}; it must be 1 or more")
+        if ctx_size is not None and ctx_size < 1:
+            raise UsageError(f"ctx_size is {ctx_size}; it must be 1 or more")
+        self.path = Path(path)
+        self._core: _core.Model | None = _core.Model(os.fspath(path), threads or 0)
+        self.config: dict[str, Any] = json.loads(self._core.config_json)
+        self.n_ctx_train = int(self.config["n_ctx_train"])
+        self.ctx_size = ctx_size or min(self.n_ctx_train, DEFAULT_CTX_SIZE)
+        if self.ctx_size > self.n_ctx_train:
+            log.warning("context of %d tokens: the model was trained for %d", self.ctx_size, self.n_ctx_train)
+        self._chat_template = chat_template
+        self._lock = threading.RLock()
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        self._idle: Session | None = None
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        threads: int | None = None,
+        ctx_size: int | None = None,
+        chat_template: str | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Opens a packed directory, a GGUF file (converted into the cache on first use) or a known name; None is the default
+        model, which is downloaded on first use.
+
+        threads: computing threads; None is the physical cores this process may use. ctx_size: context window in tokens;
+        None is the model's own, at most 4096. chat_template: Jinja text, "chatml" or "plain", instead of the checkpoint's.
+        progress: called with (what, done, total) in bytes while a conversion or a download runs.
+
+        Raises ModelError where the model is missing, damaged or of an unsupported kind; UsageError for impossible options.
+        """
+        from .registry import resolve
+
+        return cls(resolve(model, progress=progress), threads=threads, ctx_size=ctx_size, chat_template=chat_template)
+
+    @property
+    def name(self) -> str:
+        """The model's own name, else that of its directory."""
+        return str(self.config.get("name") or self.path.name)
+
+    @property
+    def threads(self) -> int:
+        """Computing threads."""
+        return self._opened().threads
+
+    @property
+    def isa(self) -> str:
+        """Instruction set of the kernels, such as "avx2"."""
+        return self._opened().isa
+
+    @property
+    def n_vocab(self) -> int:
+        """Length of a vector of logits."""
+        return int(self.config["n_vocab"])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self._opened().weight_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Weight bytes that one decoded token reads."""
+        return self._opened().bytes_per_token
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, loaded on first use."""
+        with self._lock:
+            if self._tokenizer is None:
+                from .tokenizer import Tokenizer
+
+                self._tokenizer = Tokenizer.load(self.path)
+            return self._tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template in use, loaded on first use."""
+        with self._lock:
+            if self._template is None:
+                from .template import ChatTemplate
+
+                self._template = ChatTemplate.for_tokenizer(
+                    self.tokenizer, override=self._chat_template, name=self.name
+                )
+            return self._template
+
+    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text. An empty text gives the beginning-of-text token, where the model has one.
+
+        >>> model.tokenize("Hello world")  # doctest: +SKIP
+        [19556, 905]
+        """
+        ids = self.tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
+        if not ids and add_bos and self.tokenizer.bos_id is not None:
+            return [self.tokenizer.bos_id]
+        return ids
+
+    def detokenize(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of token ids, without control tokens unless `skip_special` is false."""
+        return self.tokenizer.decode(ids, skip_special=skip_special)
+
+    def chat_ids(self, messages: Iterable[Mapping[str, Any]]) -> list[int]:
+        """A conversation as the tokens that the model answers to: the chat template, then the tokenizer."""
+        return self.tokenizer.encode(self.template.render(messages))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        seed: int = -1,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Continues a text, or token ids; no template is applied. Iterate over the result, or `.read()` it.
+
+        max_tokens: None is up to the end of the context. Sampling options: see `Sampling`; temperature 0 is greedy.
+        stop: texts that end the answer and are not part of it. ignore_eos: goes on after end tokens.
+
+        Raises ContextLengthError where the prompt is longer than the context, UsageError for impossible options.
+
+        >>> for piece in model.generate("Once", max_tokens=16):  # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+        """
+        return self._with_session(
+            lambda session: session.generate(
+                prompt,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repeat_penalty=repeat_penalty,
+                repeat_last_n=repeat_last_n,
+                seed=seed,
+                stop=stop,
+                ignore_eos=ignore_eos,
+            )
+        )
+
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        seed: int = -1,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Answers a conversation, a list of {"role", "content"}; options as for `generate`.
+
+        >>> model.chat([{"role": "user", "content": "Say hi."}], temperature=0).read()  # doctest: +SKIP
+        'Hi!'
+        """
+        return self._with_session(
+            lambda session: session.chat(
+                messages,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repeat_penalty=repeat_penalty,
+                repeat_last_n=repeat_last_n,
+                seed=seed,
+                stop=stop,
+            )
+        )
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after every one of `ids`, [len(ids), n_vocab]: row i predicts token i + 1."""
+        with self.session(ctx_size=max(1, len(ids))) as session:
+            return session.logits(ids)
+
+    def session(self, *, ctx_size: int | None = None) -> Session:
+        """A cache of its own, for a conversation or a thread; close it, or use it in a `with` block."""
+        if ctx_size is not None and ctx_size < 1:
+            raise UsageError(f"ctx_size is {ctx_size}; it must be 1 or more")
+        session = Session(self, ctx_size or self.ctx_size)
+        self._sessions.add(session)
+        return session
+
+    def close(self) -> None:
+        """Cancels what runs, closes all sessions and unmaps the model."""
+        with self._lock:
+            sessions, self._idle = list(self._sessions), None
+        for session in sessions:
+            session.close()
+        core, self._core = self._core, None
+        if core is not None:
+            core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _opened(self) -> _core.Model:
+        if self._core is None:
+            raise UsageError("the model is closed; load it again")
+        return self._core
+
+    def _with_session(self, start: Callable[[Session], Generation]) -> Generation:
+        """Starts in the idle session, so that a prompt that goes on from the last one is cheap; else in a new one."""
+        self._opened()
+        with self._lock:
+            session, self._idle = self._idle, None
+            if session is None:
+                session = Session(self, self.ctx_size, on_idle=self._keep)
+                self._sessions.add(session)
+        try:
+            return start(session)
+        except BaseException:
+            self._keep(session)
+            raise
+
+    def _keep(self, session: Session) -> None:
+        """Keeps the session that became idle last; its predecessor's memory is freed."""
+        with self._lock:
+            previous, self._idle = self._idle, session if self._core is not None else None
+        if previous is not None and previous is not session:
+            previous.close()
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    ctx_size: int | None = None,
+    chat_template: str | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Short for `Model.load`."""
+    return Model.load(model, threads=threads, ctx_size=ctx_size, chat_template=chat_template, progress=progress)
