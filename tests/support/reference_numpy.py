@@ -45,6 +45,7 @@ class ReferenceLlama:
     final_norm: Array
     head: Array
     rope_factors: Array | None = None
+    cache_dtype: Any = np.float64  # float16 rounds keys and values as the engine's cache does
     _keys: list[Array] = field(default_factory=list)
     _values: list[Array] = field(default_factory=list)
 
@@ -72,8 +73,8 @@ class ReferenceLlama:
             q = _rotate(_matmul(h, layer.q).reshape(n, self.n_heads, self.head_dim), cos, sin)
             k = _rotate(_matmul(h, layer.k).reshape(n, self.n_kv_heads, self.head_dim), cos, sin)
             v = _matmul(h, layer.v).reshape(n, self.n_kv_heads, self.head_dim)
-            self._keys[i] = np.concatenate([self._keys[i], k])
-            self._values[i] = np.concatenate([self._values[i], v])
+            self._keys[i] = np.concatenate([self._keys[i], k.astype(self.cache_dtype).astype(np.float64)])
+            self._values[i] = np.concatenate([self._values[i], v.astype(self.cache_dtype).astype(np.float64)])
             group = self.n_heads // self.n_kv_heads
             keys = np.repeat(self._keys[i], group, axis=1)
             values = np.repeat(self._values[i], group, axis=1)
