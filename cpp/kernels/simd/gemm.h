@@ -82,7 +82,8 @@ void gemm_block(const PanelMatrix& w, const QuantVector& x, int first, const uin
         sum[t] = kParts == 1 ? sums[t][2 * s] + sums[t][2 * s + 1] : sums[t][2 * s + p];
         for (int v = 0; v < NV; ++v) acc[t][v].init(sum[t]);
       }
-#pragma GCC unroll 8
+      // Not unrolled: GCC then puts all products before all additions and spills them.
+#pragma GCC unroll 1
       for (int i = 0; i < kQuads; ++i) {
         typename V::I u[NV];
         for (int v = 0; v < NV; ++v) u[v] = V::load_codes(codes + v * L * 4);
