@@ -1,0 +1,255 @@
+// Writes small random packed models (models/format.md) into a temporary folder that is removed with the object.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/f16.h"
+#include "kernels/pack/pack.h"
+
+namespace sr_test {
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string pattern = "/tmp/sparse-run-test-XXXXXX";
+    if (const char* tmp = std::getenv("TMPDIR")) pattern = std::string(tmp) + "/sparse-run-test-XXXXXX";
+    std::vector<char> text(pattern.begin(), pattern.end());
+    text.push_back(0);
+    path_ = mkdtemp(text.data()) ? text.data() : "";
+  }
+  ~TemporaryFolder() {
+    for (const std::string& file : files_) std::remove(file.c_str());
+    rmdir(path_.c_str());
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  const std::string& path() const { return path_; }
+  std::string write(const std::string& name, const std::string& content) {
+    const std::string file = path_ + "/" + name;
+    std::ofstream(file, std::ios::binary) << content;
+    if (std::find(files_.begin(), files_.end(), file) == files_.end()) files_.push_back(file);
+    return file;
+  }
+
+ private:
+  std::string path_;
+  std::vector<std::string> files_;
+};
+
+inline std::string json_escaped(const std::string& text) {
+  std::string out;
+  for (char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    out += c;
+  }
+  return out;
+}
+
+// A safetensors file under construction: every tensor at a multiple of 4096 bytes of the file.
+struct SafetensorsText {
+  struct Tensor {
+    std::string dtype;
+    std::vector<int64_t> shape;
+    std::string data;
+  };
+  std::map<std::string, Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+
+  std::string bytes() const {
+    std::string header = "{\"__metadata__\":{";
+    bool comma = false;
+    for (const auto& m : metadata) {
+      header += std::string(comma ? "," : "") + "\"" + m.first + "\":\"" + json_escaped(m.second) + "\"";
+      comma = true;
+    }
+    header += "}";
+    size_t at = 0;
+    for (const auto& t : tensors) {
+      header += ",\"" + t.first + "\":{\"dtype\":\"" + t.second.dtype + "\",\"shape\":[";
+      for (size_t i = 0; i < t.second.shape.size(); i++) header += (i ? "," : "") + std::to_string(t.second.shape[i]);
+      header += "],\"data_offsets\":[" + std::to_string(at) + "," + std::to_string(at + t.second.data.size()) + "]}";
+      at = (at + t.second.data.size() + 4095) / 4096 * 4096;
+    }
+    header += "}";
+    while ((header.size() + 8) % 4096) header += ' ';
+    std::string out;
+    for (int i = 0; i < 8; i++) out += char(uint64_t(header.size()) >> (8 * i) & 255);
+    out += header;
+    for (const auto& t : tensors) {
+      out += t.second.data;
+      while (out.size() % 4096) out += '\0';
+    }
+    return out;
+  }
+};
+
+struct TinySpec {
+  int n_layers = 2, n_embd = 96, n_heads = 4, n_kv_heads = 2, head_dim = 16, n_ff = 192, n_vocab = 197, n_ctx = 2048;
+  std::string kind = "q4";       // of all matrices, unless `kinds` names one
+  std::map<std::string, std::string> kinds;
+  bool has_min = true;
+  int group = 32;
+  std::string norm = "rms", activation = "silu", rope_style = "interleaved";
+  bool gated = true, tied = true, biases = false, qk_norm = false, post_norms = false, parallel = false;
+  bool qkv_in_parts = false, positions = false, rope_factors = false;
+  std::string more;              // further members of config.json, each followed by a comma
+  uint32_t seed = 1;
+};
+
+class TinyModel {
+ public:
+  explicit TinyModel(const TinySpec& spec) : spec_(spec), rng_(spec.seed) {
+    const TinySpec& s = spec_;
+    matrix("token_embd", s.n_vocab, s.n_embd);
+    if (!s.tied) matrix("output", s.n_vocab, s.n_embd);
+    norm("output_norm", s.n_embd);
+    if (s.positions) vector("position_embd", {s.n_ctx, s.n_embd}, 0.0f, 0.5f);
+    if (s.rope_factors) vector("rope_factors", {s.head_dim / 2}, 2.0f, 0.5f);
+    for (int i = 0; i < s.n_layers; i++) {
+      const std::string at = "layers." + std::to_string(i) + ".";
+      norm(at + "attn_norm", s.n_embd);
+      if (!s.parallel) norm(at + "ffn_norm", s.n_embd);
+      if (s.post_norms) {
+        norm(at + "post_attn_norm", s.n_embd);
+        norm(at + "post_ffn_norm", s.n_embd);
+      }
+      if (s.qk_norm) {
+        norm(at + "q_norm", s.head_dim);
+        norm(at + "k_norm", s.head_dim);
+      }
+      const int q = s.n_heads * s.head_dim, kv = s.n_kv_heads * s.head_dim;
+      if (s.qkv_in_parts) {
+        matrix(at + "attn_qkv.0", q, s.n_embd);
+        matrix(at + "attn_qkv.1", kv, s.n_embd);
+        matrix(at + "attn_qkv.2", kv, s.n_embd);
+      } else {
+        matrix(at + "attn_qkv", q + 2 * kv, s.n_embd);
+      }
+      matrix(at + "attn_o", s.n_embd, q);
+      matrix(at + (s.gated ? "ffn_gate_up" : "ffn_up"), s.gated ? 2 * s.n_ff : s.n_ff, s.n_embd);
+      matrix(at + "ffn_down", s.n_embd, s.n_ff);
+      if (s.biases) {
+        vector(at + "attn_qkv.bias", {q + 2 * kv}, 0.0f, 0.3f);
+        vector(at + "attn_o.bias", {s.n_embd}, 0.0f, 0.3f);
+        if (!s.gated) vector(at + "ffn_up.bias", {s.n_ff}, 0.0f, 0.3f);
+        vector(at + "ffn_down.bias", {s.n_embd}, 0.0f, 0.3f);
+      }
+    }
+    write();
+  }
+
+  const std::string& path() const { return folder_.path(); }
+  SafetensorsText& weights() { return weights_; }
+  std::string& config() { return config_; }
+  // Writes the files again after a test has changed weights() or config().
+  void write() {
+    if (config_.empty()) config_ = config_text();
+    folder_.write("config.json", config_);
+    folder_.write("weights.safetensors", weights_.bytes());
+  }
+  void write_raw(const std::string& name, const std::string& bytes) { folder_.write(name, bytes); }
+
+ private:
+  float uniform() { return float(int(rng_() % 2001) - 1000) / 1000.0f; }
+
+  void vector(const std::string& name, const std::vector<int64_t>& shape, float middle, float spread) {
+    size_t n = 1;
+    for (int64_t d : shape) n *= size_t(d);
+    std::string data;
+    for (size_t i = 0; i < n; i++) {
+      const float v = middle + spread * uniform();
+      data.append(reinterpret_cast<const char*>(&v), 4);
+    }
+    weights_.tensors[name] = {"F32", shape, data};
+  }
+
+  void norm(const std::string& name, int n) {
+    vector(name, {n}, 1.0f, 0.3f);
+    if (spec_.norm == "layer" && spec_.biases && n == spec_.n_embd) vector(name + ".bias", {n}, 0.0f, 0.2f);
+  }
+
+  void matrix(const std::string& name, int rows, int cols) {
+    std::string kind = spec_.kind;
+    for (const auto& k : spec_.kinds) {
+      if (name.find(k.first) != std::string::npos) kind = k.second;
+    }
+    const sr::WeightKind k = sr::weight_kind_from_name(kind);
+    const bool quantised = sr::is_quantised(k);
+    const int panel_rows = quantised ? 128 : 64, group = spec_.group;
+    const float spread = 1.7f / std::sqrt(float(cols));  // variance 1 / cols keeps activations of ordinary size
+    std::string data;
+    for (int r = 0; r < rows; r += panel_rows) {
+      const int n = std::min(panel_rows, rows - r), groups = (cols + group - 1) / group;
+      std::string panel(sr::panel_bytes(k, n, cols, group, quantised && spec_.has_min), '\0');
+      auto* out = reinterpret_cast<uint8_t*>(&panel[0]);
+      if (quantised) {
+        const float top = float((1 << sr::code_bits(k)) - 1);
+        std::vector<uint8_t> codes(size_t(n) * cols);
+        std::vector<uint16_t> scales(size_t(n) * groups), mins(size_t(n) * groups);
+        for (auto& c : codes) c = uint8_t(rng_() % uint32_t(top + 1));
+        for (size_t i = 0; i < scales.size(); i++) {
+          const float scale = 2 * spread / top * (1 + 0.3f * uniform());
+          scales[i] = sr::f32_to_f16(scale);
+          mins[i] = sr::f32_to_f16(-scale * top / 2 * (1 + 0.1f * uniform()));
+        }
+        sr::pack_panel(k, codes.data(), scales.data(), spec_.has_min ? mins.data() : nullptr, n, cols, group, out);
+      } else {
+        std::vector<float> values(size_t(n) * cols);
+        for (auto& v : values) v = spread * uniform();
+        sr::pack_panel_float(k, values.data(), n, cols, out);
+      }
+      data += panel;
+    }
+    std::string layout = "{\"layout\": \"panels\", \"version\": 1, \"kind\": \"" + kind + "\", \"rows\": " +
+                         std::to_string(rows) + ", \"cols\": " + std::to_string(cols) + ", \"panel_rows\": " +
+                         std::to_string(panel_rows);
+    if (quantised) {
+      layout += ", \"group\": " + std::to_string(group) + ", \"min\": " + (spec_.has_min ? "true" : "false");
+    }
+    weights_.metadata["layout:" + name] = layout + "}";
+    weights_.tensors[name] = {"U8", {int64_t(data.size())}, data};
+  }
+
+  std::string config_text() const {
+    const TinySpec& s = spec_;
+    const auto flag = [](bool b) { return std::string(b ? "true" : "false"); };
+    std::string c = "{" + s.more;
+    const auto add = [&](const std::string& key, const std::string& value) { c += "\"" + key + "\": " + value + ", "; };
+    const auto number = [&](const char* key, int v) { add(key, std::to_string(v)); };
+    const auto text = [&](const char* key, const std::string& v) { add(key, "\"" + v + "\""); };
+    number("format_version", 1);
+    number("n_layers", s.n_layers);
+    number("n_embd", s.n_embd);
+    number("n_heads", s.n_heads);
+    number("n_kv_heads", s.n_kv_heads);
+    number("head_dim", s.head_dim);
+    number("n_ff", s.n_ff);
+    number("n_vocab", s.n_vocab);
+    number("n_ctx_train", s.n_ctx);
+    text("architecture", "tiny");
+    text("norm", s.norm);
+    text("activation", s.activation);
+    text("rope_style", s.rope_style);
+    c += "\"ffn_gated\": " + flag(s.gated) + ", \"parallel_block\": " + flag(s.parallel) + ", ";
+    c += "\"tied_embeddings\": " + flag(s.tied) + ", \"norm_eps\": 1e-5}";
+    return c;
+  }
+
+  TinySpec spec_;
+  std::mt19937 rng_;
+  TemporaryFolder folder_;
+  SafetensorsText weights_;
+  std::string config_;
+};
+
+}  // namespace sr_test
