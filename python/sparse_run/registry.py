@@ -155,7 +155,8 @@ def packed_for(source: Path, *, progress: ProgressCallback | None = None, again:
 
     dst = packed_dir() / identify(source_files(source)).key
     if again or not _is_whole(dst):
-        convert(source, dst, replace=dst.exists(), progress=progress)
+        # Two processes may come here at once; both make the same bytes, so whichever stays is right.
+        convert(source, dst, existing="overwrite" if dst.exists() else "keep", progress=progress)
         _remove_outdated(source, dst)
     return dst
 

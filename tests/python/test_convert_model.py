@@ -288,7 +288,7 @@ def test_an_existing_destination_is_replaced_only_when_asked(tmp_path: Path) -> 
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "thesis.txt").write_text("precious")
     with pytest.raises(UsageError, match="not a packed model"):
-        convert(path, tmp_path / "docs", replace=True)
+        convert(path, tmp_path / "docs", existing="replace")
     assert (tmp_path / "docs" / "thesis.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
     convert(path, tmp_path / "empty")
@@ -296,7 +296,7 @@ def test_an_existing_destination_is_replaced_only_when_asked(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="exists already"):
         convert(path, tmp_path / "empty")
     assert (tmp_path / "empty" / "source.json").read_text() == "{}"
-    convert(path, tmp_path / "empty", replace=True)
+    convert(path, tmp_path / "empty", existing="replace")
     assert "sha256" in json.loads((tmp_path / "empty" / "source.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["docs", "empty", "m.gguf"]
 
@@ -312,8 +312,9 @@ def test_a_source_that_changes_meanwhile_gives_no_model(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf"]
 
 
-def _convert_process(src: Path, dst: Path, prepare: str = "") -> subprocess.Popen[str]:
-    code = f"import sys\n{prepare}\nfrom sparse_run.convert import convert\nconvert(sys.argv[1], sys.argv[2], progress=step)"
+def _convert_process(src: Path, dst: Path, prepare: str, existing: str = "keep") -> subprocess.Popen[str]:
+    code = f"import sys\n{prepare}\nfrom sparse_run.convert import convert\n"
+    code += f"convert(sys.argv[1], sys.argv[2], existing={existing!r}, progress=step)"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(src), str(dst)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -388,12 +389,13 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_cleans_up(tmp_path
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["other", "out"]
 
 
-def test_two_processes_making_the_same_model_do_not_disturb_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("existing", ["keep", "overwrite"])
+def test_processes_making_the_same_model_do_not_disturb_each_other(existing: str, tmp_path: Path) -> None:
     path = write_with(tmp_path / "m.gguf")
     convert(path, tmp_path / "alone")
     gate = tmp_path / "gate"
     wait = f"import os, time\ndef step(*call):\n  while not os.path.exists({str(gate)!r}): time.sleep(0.01)"
-    racers = [_convert_process(path, tmp_path / "out", wait) for _ in range(3)]
+    racers = [_convert_process(path, tmp_path / "out", wait, existing) for _ in range(3)]
     time.sleep(0.5)
     gate.write_text("")
     for racer in racers:

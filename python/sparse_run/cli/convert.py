@@ -40,7 +40,7 @@ def command(source: str, destination: Path | None, force: bool, as_json: bool, q
             packed = packed_for(path, progress=progress, again=force)
         else:
             packed = destination
-            convert(path, packed, replace=force, progress=progress)
+            convert(path, packed, existing="replace" if force else "refuse", progress=progress)
     if as_json:
         record = read_source(packed)
         print_json(

@@ -34,7 +34,7 @@ def command(name: str | None, source: str, as_json: bool, quiet: bool, verbose: 
     from ..registry import DEFAULT_MODEL, models_dir
 
     with Progress(quiet=quiet) as progress:
-        path = pull(name or DEFAULT_MODEL, source=source, progress=progress)
+        path = pull(name or DEFAULT_MODEL, source=source, progress=None if quiet else progress)
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
     if as_json:
         print_json({"name": name or DEFAULT_MODEL, "path": str(path), "file": path.name, "bytes": size})

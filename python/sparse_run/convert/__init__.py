@@ -16,7 +16,7 @@ from ..errors import ModelError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-    from .writer import ProgressCallback
+    from .writer import Existing, ProgressCallback
 
 __all__ = ["convert", "convert_gguf", "open_checkpoint", "source_files"]
 
@@ -58,13 +58,13 @@ def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    replace: bool = False,
+    existing: Existing = "refuse",
     progress: ProgressCallback | None = None,
 ) -> None:
     """Makes the packed model `dst` from the checkpoint `src`, in memory below twice its largest tensor plus 200 MB.
 
     `progress(what, done, total)` is called in bytes. Raises ModelError where the source is missing, damaged or unsupported,
-    UsageError where `dst` exists (and `replace` is not given), Error where the disk is full or cannot be written; nothing
+    UsageError where `dst` exists and `existing` (see `write_packed`) does not allow it, Error where the disk is full or cannot be written; nothing
     remains in these cases.
     """
     from .checkpoint import convert_checkpoint
@@ -74,7 +74,7 @@ def convert(
     src, dst = Path(src), Path(dst)
     files = source_files(src)
     identity = identify(files)
-    check_destination(dst, replace=replace)
+    check_destination(dst, existing)
     with open_checkpoint(src) as checkpoint:
         full_hash = BackgroundHash(files)
 
@@ -93,7 +93,7 @@ def convert(
             }
 
         try:
-            convert_checkpoint(checkpoint, dst, source=source, replace=replace, progress=progress)
+            convert_checkpoint(checkpoint, dst, source=source, existing=existing, progress=progress)
         finally:
             full_hash.stop()
 

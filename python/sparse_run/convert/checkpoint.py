@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..models.common import Architecture, Decoder
-    from .writer import ProgressCallback, TensorData
+    from .writer import Existing, ProgressCallback, TensorData
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def convert_checkpoint(
     dst: Path,
     *,
     source: Callable[[], Mapping[str, Any]],
-    replace: bool,
+    existing: Existing,
     progress: ProgressCallback | None,
 ) -> None:
     """Makes the packed model. `source()` is called before the rename for source.json; it raises where the source changed
@@ -130,7 +130,7 @@ def convert_checkpoint(
         tensors,
         source=lambda: {**source(), "tensor_types": checkpoint.tensor_types()},
         add_files=checkpoint.tokenizer,
-        replace=replace,
+        existing=existing,
         progress=progress,
         what=f"converting {Path(checkpoint.where).name}",
     )

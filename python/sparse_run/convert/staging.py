@@ -7,6 +7,7 @@ that was killed, and is removed by whoever next works beside it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -44,25 +45,27 @@ class StagedDirectory:
         """Renames to the destination. Where something is there already it is replaced, or else (False) kept and this
         directory dropped."""
         self.path.chmod(0o755)
+        aside: list[Path] = []
         try:
-            if replace and self.dst.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{self.dst.name}{_MARK}", dir=self.dst.parent))
-                os.rename(self.dst, old / "old")
+            while True:
                 try:
                     os.rename(self.path, self.dst)
-                except OSError:
-                    os.rename(old / "old", self.dst)
-                    raise
-                finally:
-                    shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.rename(self.path, self.dst)
+                    self._committed = True
+                    return True
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                if not replace:
+                    return False
+                # What another process puts there meanwhile is moved away in the next round.
+                aside.append(Path(tempfile.mkdtemp(prefix=f".{self.dst.name}{_MARK}", dir=self.dst.parent)))
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(self.dst, aside[-1] / "old")
         except OSError as error:
-            if not replace and self.dst.is_dir():
-                return False
             raise write_error(self.dst, error) from None
-        self._committed = True
-        return True
+        finally:
+            for old in aside:
+                shutil.rmtree(old, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +80,6 @@ class StagedDirectory:
 
 def write_error(where: Path, error: OSError) -> Error:
     """The one-line error for a folder that cannot be written or a disk that is full."""
-    import errno
-
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Error(

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from ..errors import Error, UsageError
 from .codes import TILE_ROWS, Codes
@@ -29,6 +29,8 @@ SOURCE_FILE = "source.json"
 
 # progress(what, done, total), in bytes; total 0 where it is not known.
 ProgressCallback = Callable[[str, int, int], None]
+# What to do where the destination exists; see write_packed.
+Existing = Literal["refuse", "replace", "keep", "overwrite"]
 # A linear matrix by rows, or a plain array that is stored as float32.
 TensorData = Union["RowSource", "NDArray[Any]"]
 
@@ -43,7 +45,7 @@ def write_packed(
     *,
     source: Callable[[], Mapping[str, Any]] | None = None,
     add_files: Callable[[Path], None] | None = None,
-    replace: bool = False,
+    existing: Existing = "refuse",
     progress: ProgressCallback | None = None,
     what: str = "packing",
 ) -> None:
@@ -51,11 +53,15 @@ def write_packed(
 
     `config` and what `source()` returns, called after the weights are written, become config.json and source.json;
     `add_files(directory)` puts in what else belongs there (the tokenizer). `source` may still raise and so prevent the
-    packed model. `replace` allows an existing one to be replaced. Where two processes make the same directory at once, the
-    first one's stays. Raises Error where the disk is full or the folder cannot be written; nothing remains then.
+    packed model.
+
+    What is at `dst` already: `refuse` to touch it, `replace` it if it is a packed model, `keep` it (of processes that make
+    the same directory at once the first one wins), or `overwrite` whatever it is.
+
+    Raises Error where the disk is full or the folder cannot be written; nothing remains then.
     """
     dst = Path(dst)
-    check_destination(dst, replace=replace)
+    check_destination(dst, existing)
     specs = {name: _spec(name, data) for name, data in tensors.items()}
     plan = plan_file(specs)
     with StagedDirectory(dst) as staged:
@@ -71,16 +77,16 @@ def write_packed(
                 _write_json(staged.path / SOURCE_FILE, {**source(), "weights_bytes": plan.nbytes})
         except OSError as error:
             raise write_error(dst, error) from None
-        staged.commit(replace=replace)
+        staged.commit(replace=existing in ("replace", "overwrite"))
 
 
-def check_destination(dst: Path, *, replace: bool) -> None:
+def check_destination(dst: Path, existing: Existing) -> None:
     """Raises UsageError where `dst` exists and may not be replaced. An empty directory may."""
-    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
+    if existing in ("keep", "overwrite") or not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
         return
     if not is_packed(dst):
         raise UsageError(f"{dst} exists and is not a packed model; choose another destination")
-    if not replace:
+    if existing == "refuse":
         raise UsageError(f"{dst} exists already; choose another destination, or replace it with --force")
 
 
