@@ -94,6 +94,41 @@ TEST_CASE("quantise: every ISA gives the bits of generic; error is at most half 
     }
 }
 
+TEST_CASE("select: every ISA gives generic's mask, list and sums; what is kept is what exceeds the threshold") {
+  std::mt19937 rng(4);
+  for (const KernelTable* k : runnable())
+    for (int n : {32, 64, 40, 1, 577})
+      for (int density : {0, 30, 100}) {
+        const std::vector<float> x = random_vector(n, rng);
+        std::vector<float> t(n);
+        for (auto& v : t) v = density == 0 ? 100.0f : density == 100 ? 0.0f : 0.6f;
+        Quantised a(generic(), x, n), b = a;
+        const Quantised before = a;
+        std::vector<uint8_t> ca(a.slabs * 32, 7), cb(a.slabs * 32, 9), na(a.slabs), nb(a.slabs);
+        const int got = generic().select(x.data(), t.data(), n, a.q.data(), a.sum.data(), ca.data(), na.data());
+        CHECK_EQ(k->select(x.data(), t.data(), n, b.q.data(), b.sum.data(), cb.data(), nb.data()), got);
+        CHECK(a.q == b.q && a.sum == b.sum && na == nb);
+        int listed = 0;
+        for (int s = 0; s < a.slabs; ++s) {
+          std::set<int> columns;
+          for (int i = 0; i < na[s]; ++i) {
+            CHECK_EQ(int(ca[s * 32 + i]), int(cb[s * 32 + i]));
+            columns.insert(ca[s * 32 + i]);
+          }
+          listed += int(columns.size());
+          for (int c = 0; c < 32; ++c) {
+            const int j = s * 32 + c;
+            const bool keep = j < n && std::fabs(x[j]) > t[j];
+            CHECK_EQ(int(a.q[j]), keep ? int(before.q[j]) : 0);
+            CHECK_EQ(columns.count(c) == 1, a.q[j] != 0);
+          }
+        }
+        CHECK_EQ(listed, got);
+        if (density == 100) CHECK(a.q == before.q && a.sum == before.sum);
+        if (density == 0) CHECK_EQ(got, 0);
+      }
+}
+
 TEST_CASE("gemv_q generic: equals double precision on the quantised vector, every layout") {
   each_layout_and_shape([](const RandomMatrix& w, std::mt19937& rng, bool extreme) {
     const PanelMatrix& m = w.view;

@@ -102,6 +102,31 @@ struct Vec {
     }
   }
 
+  // Bit j: |x[j]| > t[j], of 32.
+  static uint32_t above32(const float* x, const float* t) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; ++i)
+      bits |= uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(abs(load(x + 8 * i)), load(t + 8 * i), _CMP_GT_OQ))) << 8 * i;
+    return bits;
+  }
+  // Zeroes the q whose bit is not set; sums of the first and second 16; bits of the q that are not 0.
+  static uint32_t mask32(uint32_t keep, int8_t* q, int32_t* sum) {
+    // Byte i of the mask: bit i of keep, from the byte i / 8 of it.
+    const I spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3,
+                                      3, 3, 3);
+    const I bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
+    const I bytes = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(int32_t(keep)), spread), bit);
+    const I v = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const I*>(q)), _mm256_cmpeq_epi8(bytes, bit));
+    _mm256_storeu_si256(reinterpret_cast<I*>(q), v);
+    const I s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), v), _mm256_set1_epi16(1));
+    for (int h = 0; h < 2; ++h) {
+      __m128i t = h ? _mm256_extracti128_si256(s, 1) : _mm256_castsi256_si128(s);
+      t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4E));
+      sum[h] = _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xB1)));
+    }
+    return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
+  }
+
   // ---- codes of one column for half a tile (rows 32 H .. 32 H + 31), one byte each, in row order ----
   template <int BITS, int H>
   static I codes(const uint8_t* low, const uint8_t* high) {

@@ -4,7 +4,7 @@
 namespace sr {
 
 const KernelTable& avx512_table() {
-  static const KernelTable table = {"avx512",          avx512::quantise, avx512::gemv_q,   avx512::gemv_q_cols, avx512::gemv_f,
+  static const KernelTable table = {"avx512",          avx512::quantise, avx512::select, avx512::gemv_q,   avx512::gemv_q_cols, avx512::gemv_f,
                                     avx512::gemm_q,     avx512::gemm_f,   avx512::rms_norm, avx512::layer_norm,  avx512::activate,
                                     avx512::attend,     avx512::to_f16,   avx512::read_sum};
   return table;

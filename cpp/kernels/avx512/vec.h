@@ -79,6 +79,24 @@ struct Vec {
     }
   }
 
+  // Bit j: |x[j]| > t[j], of 32.
+  static uint32_t above32(const float* x, const float* t) {
+    const uint32_t a = _mm512_cmp_ps_mask(abs(load(x)), load(t), _CMP_GT_OQ);
+    return a | uint32_t(_mm512_cmp_ps_mask(abs(load(x + 16)), load(t + 16), _CMP_GT_OQ)) << 16;
+  }
+  // Zeroes the q whose bit is not set; sums of the first and second 16; bits of the q that are not 0.
+  static uint32_t mask32(uint32_t keep, int8_t* q, int32_t* sum) {
+    const __m256i v = _mm256_maskz_mov_epi8(keep, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), v);
+    const __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), v);
+    for (int h = 0; h < 2; ++h) {
+      __m128i t = h ? _mm256_extracti128_si256(s, 1) : _mm256_castsi256_si128(s);
+      t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4E));
+      sum[h] = _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xB1)));
+    }
+    return _mm256_test_epi8_mask(v, v);
+  }
+
   // ---- codes of one column for the 64 rows of a tile, one byte each, in row order ----
   template <int BITS>
   static I codes(const uint8_t* low, const uint8_t* high) {

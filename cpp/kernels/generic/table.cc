@@ -4,7 +4,7 @@
 namespace sr {
 
 const KernelTable& generic_table() {
-  static const KernelTable table = {"generic",        generic::quantise, generic::gemv_q,     generic::gemv_q_cols,
+  static const KernelTable table = {"generic",        generic::quantise, generic::select, generic::gemv_q,     generic::gemv_q_cols,
                                     generic::gemv_f,  generic::gemm_q,   generic::gemm_f,     generic::rms_norm,
                                     generic::layer_norm, generic::activate, generic::attend, generic::to_f16,
                                     generic::read_sum};
