@@ -44,6 +44,7 @@ class BenchResult:
     """The machine's own read rate with the same threads, median, measured right after."""
     weight_bytes: int
     kv_bytes: int
+    """Of the keys and values cached at the end of decoding."""
     peak_rss_bytes: int
     """Peak resident size from loading to the last decoded token, mapped weights included."""
     major_faults: int
@@ -124,7 +125,7 @@ def bench(
             for one in single:
                 session.eval(one)
             decode_rates.append(gen / (time.perf_counter() - start))
-        peak, faults = peak_rss_bytes(), major_faults() - faults
+        peak, faults, kv_bytes = peak_rss_bytes(), major_faults() - faults, session.kv_bytes
 
         if not np.isfinite(session.logits()).all():
             raise Error(
@@ -151,7 +152,7 @@ def bench(
             gb_per_s=model.bytes_per_token * decode_median / 1e9,
             stream_gb_per_s=stream,
             weight_bytes=model.weight_bytes,
-            kv_bytes=session.kv_bytes,
+            kv_bytes=kv_bytes,
             peak_rss_bytes=peak,
             major_faults=faults,
             load_seconds=load_seconds,

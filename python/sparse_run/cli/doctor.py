@@ -184,7 +184,7 @@ def _show(report: dict[str, Any]) -> None:
     p, m = report["processor"], report["memory"]
 
     def line(name: str, text: str) -> None:
-        click.echo(f"{name:<11}{text}")
+        click.echo(f"{name:<12}{text}")
 
     def gigabytes(count: int | None) -> str:
         return "?" if count is None else f"{count / 1e9:.1f} GB"
