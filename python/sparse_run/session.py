@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from . import _core
     from .model import Model
 
-# A prompt longer than this is computed beside the main thread, which then can take Ctrl-C at once.
-_LONG_PROMPT = 32
-
 
 class Session:
     """A KV cache of `n_ctx` tokens and the model that fills it. For one thread at a time, except `cancel`; several sessions
@@ -259,16 +256,12 @@ class Session:
         import numpy as np
 
         core = self._opened()
-        main = threading.current_thread() is threading.main_thread()
         start = core.n_past
         for attempt in range(3):
             rest = np.asarray(tokens[core.n_past - start :], dtype=np.int32)
             try:
                 with self._exclusive(generation):
-                    if main and len(rest) > _LONG_PROMPT:
-                        _beside(lambda rest=rest: core.eval(rest), core.cancel)  # type: ignore[misc]
-                    else:
-                        core.eval(rest)
+                    core.eval(rest)
                 return
             except Cancelled:
                 # A cancel that came too late for the generation it was meant for hits the next one: not ours, go on.
@@ -310,26 +303,3 @@ class _Exclusive:
         with self._session._guard:
             self._session._computing = None
         self._session._lock.release()
-
-
-def _beside(work: Callable[[], None], cancel: Callable[[], None]) -> None:
-    """Runs `work` in a thread while this one waits where signals are delivered; on Ctrl-C cancels it and raises."""
-    problem: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
-            problem.append(error)
-
-    thread = threading.Thread(target=run, name="sparse-run-prompt", daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        while thread.is_alive():
-            cancel()
-            thread.join(0.05)
-        raise
-    if problem:
-        raise problem[0]
