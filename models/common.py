@@ -95,6 +95,13 @@ class Fields:
             raise self.fail(key, f"is {_short(value)}, not a text")
         return value
 
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """A boolean."""
+        value = self.values[self.prefix + key] if self.has(key) else default
+        if not isinstance(value, bool):
+            raise self.fail(key, f"is {_short(value)}, not true or false")
+        return value
+
 
 def _short(value: Any) -> str:
     text = repr(value)

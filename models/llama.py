@@ -81,6 +81,8 @@ def hf_config(fields: Fields, n_vocab: int) -> Decoder:
     layers = fields.integer("num_hidden_layers", high=1 << 12)
     # Current files keep base and scaling together in rope_parameters; older ones apart.
     scaling = fields.get("rope_parameters", fields.get("rope_scaling", {}))
+    if not isinstance(scaling, dict):
+        raise fields.fail("rope_scaling", "is not an object")
     theta = Fields(scaling, fields.where).number("rope_theta", fields.number("rope_theta", 10000.0, low=1.0), low=1.0)
     factors, mscale = hf_scaling(scaling, fields.where, head_dim, theta, context)
     config = {
@@ -93,6 +95,7 @@ def hf_config(fields: Fields, n_vocab: int) -> Decoder:
         "rope_dims": head_dim,
         "rope_theta": theta,
         "rope_mscale": mscale,
+        "tied_embeddings": fields.flag("tie_word_embeddings", False),
     }
     if fields.has("sliding_window"):
         config["window"] = [fields.integer("sliding_window", low=0, high=1 << 30)] * layers

@@ -13,9 +13,9 @@ from .common import Fields
 
 def yarn(
     dims: int, theta: float, factor: float, context: int, beta_fast: float = 32.0, beta_slow: float = 1.0
-) -> tuple[list[float], float]:
+) -> list[float]:
     """YaRN (arXiv 2309.00071): fast dimensions keep their frequency, slow ones are interpolated, with a ramp between.
-    `context` is the length before scaling. Returns the divisors and the factor on cos and sin."""
+    `context` is the length before scaling. Returns the divisors."""
 
     def dimension(turns: float) -> float:
         return dims * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -26,7 +26,12 @@ def yarn(
     for i in range(dims // 2):
         keep = 1.0 - min(1.0, max(0.0, (i - low) / max(0.001, high - low)))
         factors.append(1.0 / (keep + (1.0 - keep) / factor))
-    return factors, 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0
+    return factors
+
+
+def yarn_mscale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's factor on cos and sin, which sharpens attention over the longer context."""
+    return 1.0 + 0.1 * weight * math.log(factor) if factor > 1 else 1.0
 
 
 def llama3(dims: int, theta: float, factor: float, low_freq: float, high_freq: float, context: int) -> list[float]:
@@ -55,8 +60,7 @@ def gguf_scaling(fields: Fields, dims: int, theta: float, context: int) -> tuple
         original = fields.integer("rope.scaling.original_context_length", context)
         fast = fields.number("rope.scaling.yarn_beta_fast", 32.0)
         slow = fields.number("rope.scaling.yarn_beta_slow", 1.0)
-        factors, mscale = yarn(dims, theta, factor, original, fast, slow)
-        return factors, mscale * attention
+        return yarn(dims, theta, factor, original, fast, slow), yarn_mscale(factor) * attention
     raise UnsupportedModelError(
         f"{fields.where}: RoPE scaling {kind!r} is not supported for this architecture (linear and yarn are)"
     )
@@ -76,8 +80,12 @@ def hf_scaling(
     original = fields.integer("original_max_position_embeddings", context)
     if kind == "yarn":
         fast, slow = fields.number("beta_fast", 32.0), fields.number("beta_slow", 1.0)
-        factors, mscale = yarn(dims, theta, factor, original, fast, slow)
-        return factors, fields.number("attention_factor", mscale)
+        if not fields.flag("truncate", True):
+            raise UnsupportedModelError(f"{where}: YaRN with unrounded limits is not supported")
+        mscale = yarn_mscale(factor)
+        if fields.has("mscale") and fields.has("mscale_all_dim"):
+            mscale = yarn_mscale(factor, fields.number("mscale")) / yarn_mscale(factor, fields.number("mscale_all_dim"))
+        return yarn(dims, theta, factor, original, fast, slow), fields.number("attention_factor", mscale)
     if kind == "llama3":
         low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
         return llama3(dims, theta, factor, low, high, original), 1.0

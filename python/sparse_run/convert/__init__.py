@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import ModelError
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -44,14 +44,15 @@ def open_checkpoint(src: Path) -> Iterator[Checkpoint]:
     """Opens a source for `info` or conversion. Raises ModelError or UnsupportedModelError with a line that names it."""
     from .gguf import open_gguf
     from .gguf_reader import GgufFile
+    from .hf import open_hf
 
+    source_files(src)
     if src.is_dir():
-        source_files(src)
-        raise UnsupportedModelError(
-            f"{src}: Hugging Face directories are not supported yet; get a GGUF file of the model"
-        )
-    with GgufFile(src) as file:
-        yield open_gguf(file)
+        with open_hf(src) as checkpoint:
+            yield checkpoint
+    else:
+        with GgufFile(src) as file:
+            yield open_gguf(file)
 
 
 def convert(

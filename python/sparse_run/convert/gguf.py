@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import ModelError, UnsupportedModelError
 from .checkpoint import Checkpoint, CheckpointTensor
 from .gguf_reader import GgufFile, GgufMetadata, GgufTensor
-from .rows import GgufRows
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from .rows import FileRows, file_vector
 
 
 def open_gguf(file: GgufFile) -> Checkpoint:
@@ -62,23 +57,18 @@ def _about(metadata: GgufMetadata, path: Path) -> dict[str, str]:
 
 
 def _tensor(file: GgufFile, tensor: GgufTensor) -> CheckpointTensor:
-    def vector() -> NDArray[np.float32]:
-        import numpy as np
-
-        from .rows import floats_of
-
-        values: NDArray[np.float32] = floats_of(tensor.type.decode(file.read_rows(tensor, 0, 1)))[0]
-        if not np.isfinite(values).all():
-            raise ModelError(
-                f"{file.path}: tensor {tensor.name} holds values that are not finite numbers; fetch it again"
-            )
-        return values
-
     # A vector may be stored with trailing dimensions of 1.
     shape = tensor.shape
     while len(shape) > 1 and shape[0] == 1 and _is_vector(tensor.name):
         shape = shape[1:]
-    return CheckpointTensor(tensor.name, shape, tensor.type.name, tensor.nbytes, lambda: GgufRows(file, tensor), vector)
+    return CheckpointTensor(
+        tensor.name,
+        shape,
+        tensor.type.name,
+        tensor.nbytes,
+        lambda: FileRows(file, tensor, tensor.type),
+        lambda: file_vector(file, tensor, tensor.type),
+    )
 
 
 def _is_vector(name: str) -> bool:

@@ -113,13 +113,13 @@ class GgufFile:
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for its writer
                 raise ModelError(f"{path}: cannot be read (not a regular file); give a .gguf file")
-            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+            self.fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
             raise ModelError(f"{path}: no such file; check the path") from None
         except OSError as error:
             raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
         try:
-            self.size = os.fstat(self._fd).st_size
+            self.size = os.fstat(self.fd).st_size
             reader = _HeaderReader(self)
             reader.read()
         except OSError as error:
@@ -135,9 +135,9 @@ class GgufFile:
 
     def close(self) -> None:
         """Closes the file; reading rows afterwards is an error."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -151,26 +151,26 @@ class GgufFile:
 
         row_bytes = tensor.type.nbytes(tensor.shape[-1])
         out = np.empty((end - begin, row_bytes), np.uint8)
-        self._read_into(out.reshape(-1).data, tensor.offset + begin * row_bytes, tensor.name)
+        read_exactly(self.fd, out.reshape(-1).data, tensor.offset + begin * row_bytes, self.path, tensor.name)
         return out
 
-    def _read_into(self, buffer: memoryview, offset: int, what: str) -> None:
-        done = 0
-        while done < len(buffer):
-            try:
-                if hasattr(os, "preadv"):
-                    count = os.preadv(self._fd, [buffer[done:]], offset + done)
-                else:
-                    part = os.pread(self._fd, len(buffer) - done, offset + done)
-                    count = len(part)
-                    buffer[done : done + count] = part
-            except OSError as error:
-                raise ModelError(f"{self.path}: reading {what} failed ({error.strerror}); check the disk") from None
-            if count == 0:
-                raise ModelError(
-                    f"{self.path}: the file ends within {what}; it changed or was truncated, fetch it again"
-                )
-            done += count
+
+def read_exactly(fd: int, buffer: memoryview, offset: int, path: Path, what: str) -> None:
+    """Fills the buffer from the file's bytes at `offset`; ModelError where it ends before that."""
+    done = 0
+    while done < len(buffer):
+        try:
+            if hasattr(os, "preadv"):
+                count = os.preadv(fd, [buffer[done:]], offset + done)
+            else:
+                part = os.pread(fd, len(buffer) - done, offset + done)
+                count = len(part)
+                buffer[done : done + count] = part
+        except OSError as error:
+            raise ModelError(f"{path}: reading {what} failed ({error.strerror}); check the disk") from None
+        if count == 0:
+            raise ModelError(f"{path}: the file ends within {what}; it changed or was truncated, fetch it again")
+        done += count
 
 
 class _HeaderReader:
@@ -198,7 +198,7 @@ class _HeaderReader:
         have = len(self.data)
         more = min(max(end, 2 * have, _CHUNK), self.file.size) - have
         part = bytearray(more)
-        self.file._read_into(memoryview(part), have, what)
+        read_exactly(self.file.fd, memoryview(part), have, self.file.path, what)
         self.data += part
 
     def scalar(self, fmt: str, what: str) -> Any:

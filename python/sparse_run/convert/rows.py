@@ -6,6 +6,7 @@ A source knows its size and form, and yields any range of its rows; so a matrix 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ModelError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .gguf_reader import GgufFile, GgufTensor
+    from .quant_types import TensorType
 
 
 class RowSource(Protocol):
@@ -58,25 +59,42 @@ class CodeRows:
         return Codes(c.form, c.codes[begin:end], c.scales[begin:end], mins)
 
 
-class GgufRows:
-    """A matrix of a GGUF file. Reading raises ModelError where a weight is not a finite number."""
+class RowFile(Protocol):
+    """An open file that tensors can be read from."""
 
-    def __init__(self, file: GgufFile, tensor: GgufTensor) -> None:
-        self.file, self.tensor = file, tensor
+    path: Path
+
+    def read_rows(self, tensor: Any, begin: int, end: int) -> NDArray[np.uint8]: ...
+
+
+class FileRows:
+    """A matrix of a file. Reading raises ModelError where a weight is not a finite number."""
+
+    def __init__(self, file: RowFile, tensor: Any, kind: TensorType) -> None:
+        self.file, self.tensor, self.kind = file, tensor, kind
         self.rows, self.cols = tensor.shape
-        self.form = tensor.type.form
+        self.form = kind.form
 
     def read(self, begin: int, end: int) -> RowsRead:
-        import numpy as np
+        return _decode(self.file, self.tensor, self.kind, begin, end)
 
-        rows = self.tensor.type.decode(self.file.read_rows(self.tensor, begin, end))
-        parts = [rows.scales, rows.mins] if isinstance(rows, Codes) else [rows]
-        if not all(part is None or np.isfinite(part).all() for part in parts):
-            raise ModelError(
-                f"{self.file.path}: tensor {self.tensor.name} holds weights that are not finite numbers; "
-                "the file is damaged, fetch it again"
-            )
-        return rows
+
+def file_vector(file: RowFile, tensor: Any, kind: TensorType) -> NDArray[np.float32]:
+    """A whole vector of a file, float32; ModelError where a value is not a finite number."""
+    values: NDArray[np.float32] = floats_of(_decode(file, tensor, kind, 0, 1))[0]
+    return values
+
+
+def _decode(file: RowFile, tensor: Any, kind: TensorType, begin: int, end: int) -> RowsRead:
+    import numpy as np
+
+    rows = kind.decode(file.read_rows(tensor, begin, end))
+    parts = [rows.scales, rows.mins] if isinstance(rows, Codes) else [rows]
+    if not all(part is None or np.isfinite(part).all() for part in parts):
+        raise ModelError(
+            f"{file.path}: tensor {tensor.name} holds weights that are not finite numbers; the file is damaged, fetch it again"
+        )
+    return rows
 
 
 class CastRows:

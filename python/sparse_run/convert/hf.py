@@ -1,0 +1,123 @@
+"""A Hugging Face directory as a source of conversion: config.json, safetensors files (one or sharded), tokenizer files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, UnsupportedModelError
+from .checkpoint import Checkpoint, CheckpointTensor
+from .rows import FileRows, file_vector
+from .safetensors_reader import SafetensorsFile, SafetensorsTensor
+
+if TYPE_CHECKING:
+    from ..models.common import Architecture
+
+INDEX = "model.safetensors.index.json"
+
+
+@contextlib.contextmanager
+def open_hf(directory: Path) -> Iterator[Checkpoint]:
+    """The checkpoint in a directory; its files are open meanwhile."""
+    from ..models.common import Fields
+
+    config = read_json(directory / "config.json")
+    architecture = _architecture(config, directory)
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+        raise UnsupportedModelError(
+            f"{directory}: weights quantised by {name!r} are not supported; get the original checkpoint or a GGUF file"
+        )
+    fields = Fields(config, str(directory / "config.json"))
+    decoder = architecture.hf_config(fields, fields.integer("vocab_size"))
+    with contextlib.ExitStack() as stack:
+        tensors: dict[str, CheckpointTensor] = {}
+        for path in _weight_files(directory):
+            file = stack.enter_context(SafetensorsFile(path))
+            for tensor in file.tensors.values():
+                if tensor.name in tensors:
+                    raise ModelError(f"{path}: tensor {tensor.name} is in another file too; fetch the directory again")
+                tensors[tensor.name] = _tensor(file, tensor)
+        head = architecture.hf_names["output"]
+        if decoder.config.get("tied_embeddings"):
+            tensors.pop(head, None)  # some files repeat the embedding there
+        elif head not in tensors:
+            raise ModelError(f"{directory}: tensor {head} is missing; fetch the directory again")
+        yield Checkpoint(
+            where=str(directory),
+            architecture=architecture,
+            decoder=decoder,
+            names=architecture.hf_names,
+            tensors=tensors,
+            about={"name": directory.resolve().name},
+            tokenizer=partial(_export_tokenizer, directory),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises ModelError where it cannot be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror}); check that it is there and its permissions"
+        ) from None
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path}: not JSON; the file is damaged, fetch it again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object; the file is damaged, fetch it again")
+    return value
+
+
+def _architecture(config: Mapping[str, Any], directory: Path) -> Architecture:
+    from ..models import architectures, find_hf
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    if name is None:
+        raise ModelError(f"{directory}/config.json names no architecture; the directory holds no language model")
+    architecture = find_hf(name)
+    if architecture is None:
+        known = ", ".join(sorted(n for a in architectures() for n in a.hf))
+        raise UnsupportedModelError(f"{directory}: the architecture {name!r} is not supported; supported: {known}")
+    return architecture
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if not (directory / INDEX).is_file():
+        return sorted(directory.glob("*.safetensors"))
+    index = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise ModelError(f"{directory / INDEX}: no weight_map; the file is damaged, fetch it again")
+    names = sorted(set(index.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{directory / INDEX}: names the file {name!r} outside the directory; fetch it again")
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory}: the file {name} is missing; fetch the directory again")
+    return [directory / name for name in names]
+
+
+def _tensor(file: SafetensorsFile, tensor: SafetensorsTensor) -> CheckpointTensor:
+    def rows() -> FileRows:
+        return FileRows(file, tensor, tensor.float_type(file.path))
+
+    return CheckpointTensor(
+        tensor.name,
+        tensor.shape,
+        tensor.dtype,
+        tensor.nbytes,
+        rows,
+        lambda: file_vector(file, tensor, tensor.float_type(file.path)),
+    )
+
+
+def _export_tokenizer(source: Path, directory: Path) -> None:
+    from ..tokenizer import export_hf
+
+    export_hf(source, directory)
