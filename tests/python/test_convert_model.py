@@ -249,7 +249,8 @@ def write_with(path: Path, change: Any = None, skip: str = "", **options: Any) -
         ({"skip": "tokenizer.ggml.tokens"}, "no tokenizer"),
         ({"extra": {"blk.0.attn_sinks.weight": np.zeros(2)}}, "tensor blk.0.attn_sinks.weight belongs to no part"),
         ({"extra": {"blk.7.attn_norm.weight": np.zeros(64)}}, "tensor blk.7.attn_norm.weight belongs to no part"),
-        ({"extra": {"rope_freqs.weight": np.full(16, np.nan)}}, "rope_freqs.weight holds values that are not finite"),
+        ({"extra": {"rope_freqs.weight": np.full(16, np.nan)}}, "rope_freqs.weight holds weights that are not finite"),
+        ({"extra": {"rope_freqs.weight": np.zeros(16)}}, "RoPE factors that are not positive"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -280,6 +281,17 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path: Path) ->
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UnsupportedModelError, match=r"'mamba9' is not supported; supported: .*llama"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_a_part_of_a_split_model_is_told_as_such(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match="one of 3 parts"):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 

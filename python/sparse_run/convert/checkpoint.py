@@ -122,6 +122,9 @@ def convert_checkpoint(
         factors = np.asarray(checkpoint.decoder.rope_factors, np.float32)
         stored = roles.get("rope_factors")
         roles["rope_factors"] = factors * stored if isinstance(stored, np.ndarray) else factors
+    stored = roles.get("rope_factors")
+    if isinstance(stored, np.ndarray) and not (stored > 0).all():
+        raise ModelError(f"{checkpoint.where}: RoPE factors that are not positive; the file is damaged, fetch it again")
     config, tensors = assemble(config, roles)
 
     write_packed(

@@ -19,6 +19,11 @@ def open_gguf(file: GgufFile) -> Checkpoint:
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise ModelError(f"{where}: general.architecture is missing; the file holds no language model")
+    parts = metadata.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise UnsupportedModelError(
+            f"{where}: one of {parts} parts of a model; get the model in one file, or join the parts"
+        )
     architecture = find_gguf(name)
     if architecture is None:
         known = ", ".join(sorted(n for a in architectures() for n in a.gguf))
