@@ -57,6 +57,7 @@ def table(r: BenchResult) -> str:
     def spread(rates: list[float]) -> str:
         return f"{min(rates):.1f} to {max(rates):.1f}" if len(rates) > 1 else ""
 
+    share = f"{r.gb_per_s / r.stream_gb_per_s:.0%} of this machine's {r.stream_gb_per_s:.1f} GB/s"
     rows = [
         ("model", f"{r.model}, {r.weight_bytes / 1e6:.1f} MB of weights"),
         ("machine", f"{r.threads} threads, {r.isa}"),
@@ -65,11 +66,7 @@ def table(r: BenchResult) -> str:
             "decode",
             f"{r.decode_median:9.1f} tok/s   {1e3 / r.decode_median:.2f} ms a token, {spread(r.decode_tokens_per_s)}",
         ),
-        (
-            "memory",
-            f"{r.gb_per_s:9.1f} GB/s    {r.bytes_per_token / 1e6:.1f} MB a token; "
-            f"{r.gb_per_s / r.stream_gb_per_s:.0%} of this machine's {r.stream_gb_per_s:.1f} GB/s",
-        ),
+        ("memory", f"{r.gb_per_s:9.1f} GB/s    {r.bytes_per_token / 1e6:.1f} MB a token; {share}"),
         ("peak", f"{r.peak_rss_bytes / 1e6:9.1f} MB      resident; loaded in {r.load_seconds * 1e3:.0f} ms"),
         ("tokens", f"{r.token_hash}    hash of 32 greedy tokens"),
     ]

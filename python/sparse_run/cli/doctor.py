@@ -63,6 +63,7 @@ def _processor(problems: list[str], hints: list[str]) -> dict[str, Any]:
     import platform
 
     from ..bench.machine import affinity_cores, cgroup_cores
+    from ..errors import Error
 
     out: dict[str, Any] = {
         "machine": platform.machine(),
@@ -75,13 +76,15 @@ def _processor(problems: list[str], hints: list[str]) -> dict[str, Any]:
     try:
         from .. import _core
     except ImportError as error:
-        problems.append(f"the compiled core cannot be loaded ({error}); install again with: pip install --force-reinstall .")
+        problems.append(
+            f"the compiled core cannot be loaded ({error}); install again with: pip install --force-reinstall ."
+        )
         return out
     out["version"] = _core.__version__
     try:
         out.update(_core.cpu_info())
         out["isas"] = _core.isa_list()
-    except Exception as error:  # whatever it is, it would meet every other command too
+    except Error as error:
         problems.append(str(error))
         return out
     chosen = next((isa["name"] for isa in out["isas"] if isa["selected"]), None)
@@ -164,7 +167,9 @@ def _packages(problems: list[str]) -> dict[str, str | None]:
     out = {name: _version(name) for name in REQUIRED}
     missing = [name for name, version in out.items() if version is None]
     if missing:
-        problems.append(f"packages are missing: {', '.join(missing)}; install them with: pip install {' '.join(missing)}")
+        problems.append(
+            f"packages are missing: {', '.join(missing)}; install them with: pip install {' '.join(missing)}"
+        )
     return out
 
 
@@ -206,7 +211,9 @@ def _show(report: dict[str, Any]) -> None:
         free = f", {gigabytes(entry.get('free_bytes'))} free" if entry.get("free_bytes") is not None else ""
         rate = ""
         if entry.get("read_gb_per_s"):
-            rate = f", read at {entry['read_gb_per_s']:.2f} GB/s{'' if entry['read_direct'] else ' (through the cache)'}"
+            rate = (
+                f", read at {entry['read_gb_per_s']:.2f} GB/s{'' if entry['read_direct'] else ' (through the cache)'}"
+            )
         line(name, f"{entry['path']}{free}{rate}{state}")
     line("packages", ", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items()))
     for extra, entry in report["extras"].items():

@@ -68,9 +68,7 @@ def command(
     if chunks and result.chunks < chunks and not quiet:
         click.echo(f"{text_file} has only {result.chunks} chunks of {ctx} tokens", err=True)
     if as_json:
-        print_json(
-            {"model": config.get("name", path.name), **result.as_dict(), "threads": used_threads, "isa": isa}
-        )
+        print_json({"model": config.get("name", path.name), **result.as_dict(), "threads": used_threads, "isa": isa})
     else:
         click.echo(
             f"perplexity {result.perplexity:.4f}   {result.tokens_scored} tokens in {result.chunks} chunks of {ctx}, "
