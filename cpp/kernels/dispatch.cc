@@ -17,6 +17,15 @@ const KernelTable& avx512_table();
 #ifdef SR_HAVE_AVX2
 const KernelTable& avx2_table();
 #endif
+#ifdef SR_HAVE_NEON_I8MM
+const KernelTable& neon_i8mm_table();
+#endif
+#ifdef SR_HAVE_NEON_DOTPROD
+const KernelTable& neon_dotprod_table();
+#endif
+#ifdef SR_HAVE_NEON
+const KernelTable& neon_table();
+#endif
 
 const IsaEntry* isa_entries(int* count) {
   static const IsaEntry entries[] = {
@@ -25,6 +34,15 @@ const IsaEntry* isa_entries(int* count) {
 #endif
 #ifdef SR_HAVE_AVX2
       {&avx2_table(), cpu_supports_isa("avx2")},
+#endif
+#ifdef SR_HAVE_NEON_I8MM
+      {&neon_i8mm_table(), cpu_supports_isa("neon_i8mm")},
+#endif
+#ifdef SR_HAVE_NEON_DOTPROD
+      {&neon_dotprod_table(), cpu_supports_isa("neon_dotprod")},
+#endif
+#ifdef SR_HAVE_NEON
+      {&neon_table(), cpu_supports_isa("neon")},
 #endif
       {&generic_table(), true},
   };

@@ -18,6 +18,7 @@ struct Vec {
   using I = __m256i;
   static constexpr int kLanes = 8;
   static constexpr int kGemmRows = 16, kGemmVectors = 4;  // 8 integer sums in registers; the float sums spill
+  static constexpr int kGemmQuads = 1;                    // quads of columns that interleave_tile does at once
   static constexpr int kScoreQueries = 4, kMixQueries = 2, kMixVectors = 4;
 
   static F zero() { return _mm256_setzero_ps(); }

@@ -18,6 +18,7 @@ struct Vec {
   using I = __m512i;
   static constexpr int kLanes = 16;
   static constexpr int kGemmRows = 32, kGemmVectors = 6;  // 12 integer and 12 float sums in 32 registers
+  static constexpr int kGemmQuads = 1;                    // quads of columns that interleave_tile does at once
   static constexpr int kScoreQueries = 8, kMixQueries = 4, kMixVectors = 4;
 
   static F zero() { return _mm512_setzero_ps(); }

@@ -15,7 +15,7 @@
 namespace sr {
 namespace simd {
 
-// Scratch of one tile: codes [64 / MR][cols / 4][MR][4] u8, then scale and min [groups][64] fp32.
+// Scratch of one tile: codes [64 / MR][cols / c][MR][c] u8, c = 4 kGemmQuads, then scale and min [groups][64] fp32.
 template <class V>
 struct TileScratch {
   static constexpr int MR = V::kGemmRows;
@@ -50,7 +50,8 @@ void unpack_tile(const PanelMatrix& w, const TilePlace& at, const TileScratch<V>
       }
     const uint8_t* low = slab + w.slab_head_bytes(at.R) + size_t(at.row / kTileRows) * P::kLow;
     const uint8_t* high = slab + w.slab_head_bytes(at.R) + at.R / 2 + size_t(at.row / kTileRows) * P::kHigh;
-    for (int q = 0; q < kSlabCols / 4; ++q, low += 4 * run_bytes, high += 4 * run_bytes)
+    const size_t step = V::kGemmQuads * 4 * run_bytes;
+    for (int q = 0; q < kSlabCols / 4; q += V::kGemmQuads, low += step, high += step)
       V::template interleave_tile<BITS>(low, high, run_bytes, out.codes + size_t(s * 8 + q) * V::kGemmRows * 4,
                                         size_t(quads) * V::kGemmRows * 4);
   }
