@@ -38,29 +38,29 @@ void Decoder::decode(int tid, const Pass& pass) {
     if (tid == 0) counter_[0].reset();
     if (l + 1 == c.n_layers && pass.which == Logits::none) break;
     gather_attention(tid, t, l, pass.pos);
+    norm_row(w.attn_sub_norm, t.att.row(0), c.n_attn(), t.att.row(0));
     if (w.attn_o.quantised) t.att.quantise(0);
     share(w.attn_o, t.att.input(), branch_o_.data());
     pool_.barrier();
 
-    add_branch(branch_o_.data(), w.post_attn_norm, t.scratch.data(), t.x.data());
-    if (!c.parallel_block) {
-      prepare_row(w.ffn_norm, t.x.data(), w.ffn_in, &t.in, 0);
-    } else if (w.ffn_in.quantised && !w.attn_qkv.quantised) {
-      t.in.quantise(0);
-    }
+    prepare_ffn(w, branch_o_.data(), t.scratch.data(), t.x.data(), &t.in, 0);
     const int begin = w.ffn_in.share[size_t(tid)] * kTileRows, end = w.ffn_in.share[size_t(tid) + 1] * kTileRows;
     share(w.ffn_in, t.in.input(), gate_up_.data());
     const int step = c.ffn_gated ? 2 * kTileRows : kTileRows;
     for (int row = begin; row < end; row += step) {
-      const float* gate = gate_up_.data() + row;
+      float* gate = gate_up_.data() + row;
       const int neuron = c.ffn_gated ? row / 2 : row;
-      kernels().activate(c.activation, gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, z_.row(0) + neuron);
+      activate(gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, z_.row(0) + neuron);
     }
     const int z_begin = c.ffn_gated ? begin / 2 : begin, z_end = c.ffn_gated ? end / 2 : end;
-    if (w.ffn_down.quantised && z_end > z_begin) z_.quantise(0, z_begin, z_end - z_begin);
+    if (!w.ffn_sub_norm && w.ffn_down.quantised && z_end > z_begin) z_.quantise(0, z_begin, z_end - z_begin);
     pool_.barrier();
 
-    share(w.ffn_down, z_.input(), branch_down_.data());
+    if (w.ffn_sub_norm) {
+      norm_row(w.ffn_sub_norm, z_.row(0), c.n_ff, t.z.row(0));
+      if (w.ffn_down.quantised) t.z.quantise(0);
+    }
+    share(w.ffn_down, w.ffn_sub_norm ? t.z.input() : z_.input(), branch_down_.data());
     if (tid == 0) leave_ = (*pass.should_stop)();
     pool_.barrier();
 
@@ -89,44 +89,51 @@ void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
   const int chunk_begin = first / kAttentionChunk, chunk_end = pass.pos / kAttentionChunk + 1;
   const int items = (chunk_end - chunk_begin) * c.n_kv_heads;
   int firsts[kMaxQueries], lasts[kMaxQueries];
+  const bool full = c.qk_norm == QkNorm::full;
+  if (full) {
+    norm_row(w.q_norm, qkv_.data() + w.head_at[0], c.n_attn(), t.qk.data());
+    norm_row(w.k_norm, qkv_.data() + w.head_at[size_t(c.n_heads)], c.n_kv(), t.qk.data() + c.n_attn());
+  }
+  // Head h of q, or of k counted on from there, normed and rotated.
+  const auto make_head = [&](int h, const Norm& norm, float* out) {
+    const float* from = full ? t.qk.data() + size_t(h) * hd : qkv_.data() + w.head_at[size_t(h)];
+    std::copy(from, from + hd, out);
+    rotate_head(full ? Norm() : norm, rope, rotate, table, out);
+  };
 
   for (int item = counter_[0].take(); item < items; item = counter_[0].take()) {
     const int chunk = chunk_begin + item / c.n_kv_heads, kv_head = item % c.n_kv_heads;
     const int base = chunk * kAttentionChunk, last = std::min(pass.pos + 1 - base, kAttentionChunk);
-    for (int g = 0; g < group; g++) {
-      const float* q = qkv_.data() + w.head_at[size_t(kv_head * group + g)];
-      float* head = t.q.data() + size_t(g) * hd;
-      std::copy(q, q + hd, head);
-      rotate_head(w.q_norm, rope, rotate, table, head);
-      firsts[g] = std::max(first - base, 0);
-      lasts[g] = last;
-    }
     if (chunk + 1 == chunk_end) {
-      const float* k = qkv_.data() + w.head_at[size_t(c.n_heads + kv_head)];
       const float* v = qkv_.data() + w.head_at[size_t(c.n_heads + c.n_kv_heads + kv_head)];
-      std::copy(k, k + hd, t.k.data());
-      rotate_head(w.k_norm, rope, rotate, table, t.k.data());
+      make_head(c.n_heads + kv_head, w.k_norm, t.k.data());
       pass.cache->write(layer, kv_head, pass.pos, t.k.data(), v, t.half.data());
     }
-    const size_t slot = size_t(chunk - chunk_begin) * c.n_heads + size_t(kv_head) * group;
-    AttendArgs a;
-    a.q = t.q.data();
-    a.n_q = group;
-    a.q_stride = size_t(hd);
-    a.head_dim = hd;
-    a.k = pass.cache->k(layer, kv_head) + size_t(base) * hd;
-    a.v = pass.cache->v(layer, kv_head) + size_t(base) * hd;
-    a.n_keys = last;
-    a.first = firsts;
-    a.last = lasts;
-    a.scale = c.attn_scale;
-    a.softcap = c.attn_softcap;
-    a.out = partial_out_.data() + slot * hd;
-    a.out_stride = size_t(hd);
-    a.row_max = partial_max_.data() + slot;
-    a.row_sum = partial_sum_.data() + slot;
-    a.scratch = t.attend_scratch.data();
-    kernels().attend(a);
+    std::fill(firsts, firsts + kMaxQueries, std::max(first - base, 0));
+    std::fill(lasts, lasts + kMaxQueries, last);
+    for (int begin = 0; begin < group; begin += kMaxQueries) {  // more only where dozens of queries share a key
+      const int count = std::min(group - begin, kMaxQueries), head = kv_head * group + begin;
+      for (int g = 0; g < count; g++) make_head(head + g, w.q_norm, t.q.data() + size_t(g) * hd);
+      const size_t slot = size_t(chunk - chunk_begin) * c.n_heads + size_t(head);
+      AttendArgs a;
+      a.q = t.q.data();
+      a.n_q = count;
+      a.q_stride = size_t(hd);
+      a.head_dim = hd;
+      a.k = pass.cache->k(layer, kv_head) + size_t(base) * hd;
+      a.v = pass.cache->v(layer, kv_head) + size_t(base) * hd;
+      a.n_keys = last;
+      a.first = firsts;
+      a.last = lasts;
+      a.scale = c.attn_scale;
+      a.softcap = c.attn_softcap;
+      a.out = partial_out_.data() + slot * hd;
+      a.out_stride = size_t(hd);
+      a.row_max = partial_max_.data() + slot;
+      a.row_sum = partial_sum_.data() + slot;
+      a.scratch = t.attend_scratch.data();
+      kernels().attend(a);
+    }
   }
 }
 

@@ -52,8 +52,10 @@ Decoder::Decoder(const PackedModel& model, int threads)
     t->scratch.reset(size_t(c.n_embd), kWorkspace);
     t->in.reset(1, c.n_embd, kWorkspace);
     t->att.reset(1, c.n_attn(), kWorkspace);
-    t->q.reset(size_t(c.heads_per_kv()) * hd, kWorkspace);
+    t->q.reset(size_t(std::min(c.heads_per_kv(), kMaxQueries)) * hd, kWorkspace);
     t->k.reset(hd, kWorkspace);
+    if (c.qk_norm == QkNorm::full) t->qk.reset(size_t(c.n_attn() + c.n_kv()), kWorkspace);
+    if (weights_.layers[0].ffn_sub_norm) t->z.reset(1, c.n_ff, kWorkspace);
     t->half.reset(hd, kWorkspace);
     t->attend_scratch.reset(kAttendScratchBytes, kWorkspace);
     t->tile.reset(size_t(kMaxBlock) * 2 * kTileRows, kWorkspace);
@@ -136,8 +138,13 @@ void Decoder::embed_row(int32_t token, int pos, float* x) const {
   }
 }
 
+// x and out may be the same; without a norm, x is copied.
 void Decoder::norm_row(const Norm& norm, const float* x, int n, float* out) const {
   const KernelTable& k = kernels();
+  if (!norm) {
+    if (out != x) std::copy(x, x + n, out);
+    return;
+  }
   if (config_.norm == NormKind::layer) {
     k.layer_norm(x, norm.weight, norm.bias, n, config_.norm_eps, out);
   } else {
@@ -164,6 +171,33 @@ void Decoder::add_branch(const float* branch, const Norm& post_norm, float* scra
 void Decoder::prepare_row(const Norm& norm, const float* x, const Linear& w, InputBuffer* in, int row) const {
   norm_row(norm, x, config_.n_embd, in->row(row));
   if (w.quantised) in->quantise(row);
+}
+
+// The attention branch is added to x, and what the FFN multiplies is made: of x after that, or, in a parallel block, of x
+// before it (where both branches share one norm, row holds it already).
+void Decoder::prepare_ffn(const LayerWeights& w, const float* branch, float* scratch, float* x, InputBuffer* in,
+                          int row) const {
+  if (config_.parallel_block) {
+    if (w.ffn_norm) {
+      prepare_row(w.ffn_norm, x, w.ffn_in, in, row);
+    } else if (w.ffn_in.quantised && !w.attn_qkv.quantised) {
+      in->quantise(row);
+    }
+  }
+  add_branch(branch, w.post_attn_norm, scratch, x);
+  if (!config_.parallel_block) prepare_row(w.ffn_norm, x, w.ffn_in, in, row);
+}
+
+// z = act(gate) * up, or act(gate) where up is null. Changes gate and up where the activation is more than a kernel's.
+void Decoder::activate(float* gate, float* up, int n, float* z) const {
+  const float cut = config_.activation_threshold;
+  if (cut > 0) {
+    for (int i = 0; i < n; i++) gate[i] = gate[i] < cut ? 0 : gate[i];
+  }
+  if (config_.up_relu) {
+    for (int i = 0; i < n; i++) up[i] = up[i] < 0 ? 0 : up[i];
+  }
+  kernels().activate(config_.activation, gate, up, n, z);
 }
 
 void Decoder::rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const {

@@ -68,6 +68,9 @@ class Decoder {
   void add_branch(const float* branch, const Norm& post_norm, float* scratch, float* x) const;
   void norm_row(const Norm& norm, const float* x, int n, float* out) const;
   void prepare_row(const Norm& norm, const float* x, const Linear& w, InputBuffer* in, int row) const;
+  void prepare_ffn(const LayerWeights& w, const float* branch, float* scratch, float* x, InputBuffer* in,
+                   int row) const;
+  void activate(float* gate, float* up, int n, float* z) const;
   void rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const;
   void finish_logits(float* logits, int begin, int end);
   int first_key(int layer, int pos) const;

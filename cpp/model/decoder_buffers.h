@@ -11,8 +11,10 @@ struct Decoder::Thread {
   AlignedBuffer<float> scratch;  // [n_embd]
   InputBuffer in;                // 1 row of n_embd: what attention, FFN or head multiply
   InputBuffer att;               // 1 row of n_attn: what attn_o multiplies
-  AlignedBuffer<float> q;        // [heads_per_kv, head_dim]
+  AlignedBuffer<float> q;        // [heads_per_kv, at most kMaxQueries; head_dim]
   AlignedBuffer<float> k;        // [head_dim]
+  AlignedBuffer<float> qk;       // [n_attn + n_kv]: q and k after a norm over all heads; empty where there is none
+  InputBuffer z;                 // 1 row of n_ff: what down multiplies after a norm of its own; empty where there is none
   AlignedBuffer<uint16_t> half;  // [head_dim]
   AlignedBuffer<char> attend_scratch;
   // Prefill only; pages that decode never touches.

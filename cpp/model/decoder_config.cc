@@ -37,8 +37,9 @@ class Reader {
     return v->as_bool();
   }
   template <class T, size_t N>
-  T choice(const char* key, const std::pair<const char*, T> (&names)[N]) const {
+  T choice(const char* key, const std::pair<const char*, T> (&names)[N], const T* absent = nullptr) const {
     const Json* v = model_.config().find(key);
+    if (!v && absent) return *absent;
     if (!v || !v->is_string()) model_.bad_config(key, "is missing");
     for (const auto& n : names) {
       if (v->as_string() == n.first) return n.second;
@@ -68,6 +69,7 @@ constexpr std::pair<const char*, Activation> kActivations[] = {{"silu", Activati
                                                                {"relu2", Activation::relu2}};
 constexpr std::pair<const char*, RopeStyle> kRopes[] = {
     {"none", RopeStyle::none}, {"interleaved", RopeStyle::interleaved}, {"half", RopeStyle::half}};
+constexpr std::pair<const char*, QkNorm> kQkNorms[] = {{"head", QkNorm::head}, {"full", QkNorm::full}};
 
 }  // namespace
 
@@ -83,16 +85,17 @@ DecoderConfig read_decoder_config(const PackedModel& model) {
   c.n_vocab = r.integer("n_vocab", 1, 1 << 24);
   c.n_ctx_train = r.integer("n_ctx_train", 1, 1 << 26);
   if (c.n_heads % c.n_kv_heads) model.bad_config("n_heads", "must be a multiple of n_kv_heads");
-  if (c.heads_per_kv() > kMaxQueries) {
-    model.bad_config("n_heads", "must be at most " + std::to_string(kMaxQueries) + " times n_kv_heads");
-  }
   if (c.head_dim % 8) model.bad_config("head_dim", "must be a multiple of 8");
   if (c.n_ff % kTileRows) model.bad_config("n_ff", "must be a multiple of 64");
 
   c.norm = r.choice("norm", kNorms);
   c.norm_eps = float(r.number("norm_eps", 1e-5, 0, 1));
   c.activation = r.choice("activation", kActivations);
+  c.activation_threshold = float(r.number("activation_threshold", 0, 0, 1e9));
   c.ffn_gated = r.flag("ffn_gated", true);
+  c.up_relu = r.flag("up_relu", false);
+  if (c.up_relu && !c.ffn_gated) model.bad_config("up_relu", "needs a gated FFN");
+  c.qk_norm = r.choice("qk_norm", kQkNorms, &c.qk_norm);
 
   c.rope_style = r.choice("rope_style", kRopes);
   if (c.rope_style != RopeStyle::none) {
@@ -120,6 +123,7 @@ DecoderConfig read_decoder_config(const PackedModel& model) {
     if (!v.is_bool()) model.bad_config("rope_layers", "must hold true and false");
     return v.as_bool();
   });
+  c.pre_norms = r.flag("pre_norms", true);
   c.parallel_block = r.flag("parallel_block", false);
   c.tied_embeddings = r.flag("tied_embeddings", false);
   return c;

@@ -65,10 +65,17 @@ void Decoder::prefill(int tid, const Pass& pass) {
     for_rows(0, [&](int i) {
       float* row = b.qkv.data() + size_t(i) * b.ld_qkv;
       const float* table = tables + size_t(i) * c.rope_dims;
-      for (int h = 0; h < c.n_heads; h++) rotate_head(w.q_norm, rope, rotate, table, row + w.head_at[size_t(h)]);
+      const bool full = c.qk_norm == QkNorm::full;
+      if (full) {
+        float *q = row + w.head_at[0], *k = row + w.head_at[size_t(c.n_heads)];
+        norm_row(w.q_norm, q, c.n_attn(), q);
+        norm_row(w.k_norm, k, c.n_kv(), k);
+      }
+      const Norm q_norm = full ? Norm() : w.q_norm, k_norm = full ? Norm() : w.k_norm;
+      for (int h = 0; h < c.n_heads; h++) rotate_head(q_norm, rope, rotate, table, row + w.head_at[size_t(h)]);
       for (int h = 0; h < c.n_kv_heads; h++) {
         float* k = row + w.head_at[size_t(c.n_heads + h)];
-        rotate_head(w.k_norm, rope, rotate, table, k);
+        rotate_head(k_norm, rope, rotate, table, k);
         pass.cache->write(l, h, pass.pos + i, k, row + w.head_at[size_t(c.n_heads + c.n_kv_heads + h)], t.half.data());
       }
     });
@@ -81,20 +88,18 @@ void Decoder::prefill(int tid, const Pass& pass) {
     const int blocks = (n - from + kMaxQueries - 1) / kMaxQueries;
     for_items(blocks * c.n_heads, [&](int item) { prefill_attention(t, pass, l, item, from); });
     pool_.barrier();
-    if (w.attn_o.quantised) {
-      for_rows(from, [&](int i) { b.att.quantise(i); });
+    if (w.attn_o.quantised || w.attn_sub_norm) {
+      for_rows(from, [&](int i) {
+        norm_row(w.attn_sub_norm, b.att.row(i), c.n_attn(), b.att.row(i));
+        if (w.attn_o.quantised) b.att.quantise(i);
+      });
       pool_.barrier();
     }
     multiply(w.attn_o, b.att, b.branch_o.data(), b.ld_branch, from);
     pool_.barrier();
 
     for_rows(from, [&](int i) {
-      add_branch(branch_row(b.branch_o, i), w.post_attn_norm, t.scratch.data(), x_row(i));
-      if (!c.parallel_block) {
-        prepare_row(w.ffn_norm, x_row(i), w.ffn_in, &b.in, i);
-      } else if (w.ffn_in.quantised && !w.attn_qkv.quantised) {
-        b.in.quantise(i);
-      }
+      prepare_ffn(w, branch_row(b.branch_o, i), t.scratch.data(), x_row(i), &b.in, i);
     });
     pool_.barrier();
     const int step = c.ffn_gated ? 2 : 1;
@@ -104,13 +109,19 @@ void Decoder::prefill(int tid, const Pass& pass) {
       gemm(w.ffn_in, ffn_input, n - from, tile, tile + step, indexed_from(t.tile.data(), size_t(tile) * kTileRows),
            size_t(ld), t.gemm_scratch.data());
       for (int i = from; i < n; i++) {
-        const float* gate = t.tile.data() + size_t(i - from) * ld;
-        kernels().activate(c.activation, gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows,
-                           b.z.row(i) + item * kTileRows);
-        if (w.ffn_down.quantised) b.z.quantise(i, item * kTileRows, kTileRows);
+        float* gate = t.tile.data() + size_t(i - from) * ld;
+        activate(gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, b.z.row(i) + item * kTileRows);
+        if (w.ffn_down.quantised && !w.ffn_sub_norm) b.z.quantise(i, item * kTileRows, kTileRows);
       }
     });
     pool_.barrier();
+    if (w.ffn_sub_norm) {
+      for_rows(from, [&](int i) {
+        norm_row(w.ffn_sub_norm, b.z.row(i), c.n_ff, b.z.row(i));
+        if (w.ffn_down.quantised) b.z.quantise(i);
+      });
+      pool_.barrier();
+    }
     multiply(w.ffn_down, b.z, b.branch_down.data(), b.ld_branch, from);
     if (tid == 0) leave_ = (*pass.should_stop)();
     pool_.barrier();

@@ -17,12 +17,17 @@ Norm load_norm(const PackedModel& model, const std::string& name, int n, bool re
 
 LayerWeights load_layer(const PackedModel& model, const DecoderConfig& c, const std::string& at, int threads) {
   LayerWeights l;
-  l.attn_norm = load_norm(model, at + "attn_norm", c.n_embd, true);
-  if (!c.parallel_block) l.ffn_norm = load_norm(model, at + "ffn_norm", c.n_embd, true);
+  if (c.pre_norms) {
+    l.attn_norm = load_norm(model, at + "attn_norm", c.n_embd, true);
+    l.ffn_norm = load_norm(model, at + "ffn_norm", c.n_embd, !c.parallel_block);
+  }
   l.post_attn_norm = load_norm(model, at + "post_attn_norm", c.n_embd, false);
   l.post_ffn_norm = load_norm(model, at + "post_ffn_norm", c.n_embd, false);
-  l.q_norm = load_norm(model, at + "q_norm", c.head_dim, false);
-  l.k_norm = load_norm(model, at + "k_norm", c.head_dim, false);
+  const bool full = c.qk_norm == QkNorm::full;
+  l.q_norm = load_norm(model, at + "q_norm", full ? c.n_attn() : c.head_dim, full);
+  l.k_norm = load_norm(model, at + "k_norm", full ? c.n_kv() : c.head_dim, full);
+  l.attn_sub_norm = load_norm(model, at + "attn_sub_norm", c.n_attn(), false);
+  l.ffn_sub_norm = load_norm(model, at + "ffn_sub_norm", c.n_ff, false);
 
   l.attn_qkv = load_linear(model, at + "attn_qkv", c.n_qkv(), c.n_embd, c.head_dim);
   l.attn_o = load_linear(model, at + "attn_o", c.n_embd, c.n_attn(), kTileRows);
@@ -35,6 +40,11 @@ LayerWeights load_layer(const PackedModel& model, const DecoderConfig& c, const 
   set_shares(&l.ffn_down, threads, 1);
   for (int h = 0; h < c.n_heads + 2 * c.n_kv_heads; h++) {
     l.head_at.push_back(l.attn_qkv.output_index(h * c.head_dim));
+    // A norm over all heads needs them side by side.
+    const bool first = h == 0 || h == c.n_heads || h == c.n_heads + c.n_kv_heads;
+    if (full && !first && l.head_at[size_t(h)] != l.head_at[size_t(h) - 1] + c.head_dim) {
+      model.weights().damaged(at + "attn_qkv has a part that ends within q or k, which qk_norm \"full\" forbids");
+    }
   }
   return l;
 }

@@ -17,9 +17,10 @@ struct Norm {
 };
 
 struct LayerWeights {
-  Norm attn_norm, ffn_norm;            // ffn_norm is absent in a parallel block
+  Norm attn_norm, ffn_norm;            // absent without pre_norms; a parallel block may have but one for both branches
   Norm post_attn_norm, post_ffn_norm;  // often absent
-  Norm q_norm, k_norm;                 // often absent, over head_dim
+  Norm q_norm, k_norm;                 // often absent; over head_dim, or over all heads (QkNorm::full)
+  Norm attn_sub_norm, ffn_sub_norm;    // before o and before down (BitNet), mostly absent
   Linear attn_qkv, attn_o;
   Linear ffn_in;                       // gate_up interleaved in blocks of 64 rows when gated, else up
   Linear ffn_down;

@@ -114,6 +114,27 @@ std::vector<Named> variants() {
     s.kinds = {{"attn_qkv", "f32"}};
     s.activation = "relu2";
   });
+  add("OLMo-like: no norms before, norms of all heads together", [](TinySpec& s) {
+    s.pre_norms = false;
+    s.post_norms = s.qk_norm = s.full_qk_norm = true;
+    s.rope_style = "half";
+    s.qkv_in_parts = true;
+    s.kinds = {{"attn_qkv.1", "q6"}};
+  });
+  add("BitNet-like: norms before o and down", [](TinySpec& s) {
+    s.sub_norms = true;
+    s.activation = "relu2";
+  });
+  add("parallel with two norms, 35 queries a key", [](TinySpec& s) {
+    s.parallel = s.two_norms = true;
+    s.n_heads = 70;
+    s.head_dim = 8;
+    s.norm = "layer";
+  });
+  add("FATReLU, and a ReLU on up", [](TinySpec& s) {
+    s.activation = "relu";
+    s.more = "\"activation_threshold\": 0.3, \"up_relu\": true, ";
+  });
   return v;
 }
 

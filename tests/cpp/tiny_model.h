@@ -102,6 +102,7 @@ struct TinySpec {
   std::string norm = "rms", activation = "silu", rope_style = "interleaved";
   bool gated = true, tied = true, biases = false, qk_norm = false, post_norms = false, parallel = false;
   bool qkv_in_parts = false, positions = false, rope_factors = false;
+  bool pre_norms = true, two_norms = false, full_qk_norm = false, sub_norms = false;  // two: of a parallel block
   std::string more;              // further members of config.json, each followed by a comma
   uint32_t seed = 1;
 };
@@ -117,15 +118,19 @@ class TinyModel {
     if (s.rope_factors) vector("rope_factors", {s.head_dim / 2}, 2.0f, 0.5f);
     for (int i = 0; i < s.n_layers; i++) {
       const std::string at = "layers." + std::to_string(i) + ".";
-      norm(at + "attn_norm", s.n_embd);
-      if (!s.parallel) norm(at + "ffn_norm", s.n_embd);
+      if (s.pre_norms) norm(at + "attn_norm", s.n_embd);
+      if (s.pre_norms && (!s.parallel || s.two_norms)) norm(at + "ffn_norm", s.n_embd);
       if (s.post_norms) {
         norm(at + "post_attn_norm", s.n_embd);
         norm(at + "post_ffn_norm", s.n_embd);
       }
       if (s.qk_norm) {
-        norm(at + "q_norm", s.head_dim);
-        norm(at + "k_norm", s.head_dim);
+        norm(at + "q_norm", s.full_qk_norm ? s.head_dim * s.n_heads : s.head_dim);
+        norm(at + "k_norm", s.full_qk_norm ? s.head_dim * s.n_kv_heads : s.head_dim);
+      }
+      if (s.sub_norms) {
+        norm(at + "attn_sub_norm", s.head_dim * s.n_heads);
+        norm(at + "ffn_sub_norm", s.n_ff);
       }
       const int q = s.n_heads * s.head_dim, kv = s.n_kv_heads * s.head_dim;
       if (s.qkv_in_parts) {
@@ -240,7 +245,8 @@ class TinyModel {
     text("norm", s.norm);
     text("activation", s.activation);
     text("rope_style", s.rope_style);
-    c += "\"ffn_gated\": " + flag(s.gated) + ", \"parallel_block\": " + flag(s.parallel) + ", ";
+    if (s.full_qk_norm) text("qk_norm", "full");
+    c += "\"pre_norms\": " + flag(s.pre_norms) + ", \"ffn_gated\": " + flag(s.gated) + ", \"parallel_block\": " + flag(s.parallel) + ", ";
     c += "\"tied_embeddings\": " + flag(s.tied) + ", \"norm_eps\": 1e-5}";
     return c;
   }
