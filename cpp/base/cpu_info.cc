@@ -1,5 +1,6 @@
-// Features come from cpuid and xgetbv (the OS must save the registers), core counts from sched_getaffinity,
-// /sys/devices/system/cpu and the cgroup files; without those, from std::thread::hardware_concurrency.
+// Features come from cpuid and xgetbv (the OS must save the registers), on Arm from the kernel's hwcaps or sysctl; core
+// counts from sched_getaffinity, /sys/devices/system/cpu and the cgroup files, elsewhere from sysctl or
+// std::thread::hardware_concurrency.
 #include "base/cpu_info.h"
 
 #include <algorithm>
@@ -17,9 +18,17 @@
 #include <sched.h>
 #include <unistd.h>
 #endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #define SR_X86 1
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#define SR_ARM64 1
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 namespace sr {
@@ -91,22 +100,62 @@ std::string read_brand() {
   if (first == std::string::npos) return "x86";
   return brand.substr(first, brand.find_last_not_of(' ') - first + 1);
 }
-#else
+#elif SR_ARM64
+struct ArmFeature {
+  const char* name;
+  int word, bit;        // Linux: AT_HWCAP (0) or AT_HWCAP2 (1); the numbers are part of its ABI, older headers lack some
+  const char* sysctl;   // macOS
+};
+constexpr ArmFeature kArmFeatures[] = {
+    {"fp16", 0, 10, "hw.optional.arm.FEAT_FP16"},   {"dotprod", 0, 20, "hw.optional.arm.FEAT_DotProd"},
+    {"sve", 0, 22, "hw.optional.arm.FEAT_SVE"},     {"sve2", 1, 1, "hw.optional.arm.FEAT_SVE2"},
+    {"i8mm", 1, 13, "hw.optional.arm.FEAT_I8MM"},   {"bf16", 1, 14, "hw.optional.arm.FEAT_BF16"},
+};
+
 std::vector<std::string> read_features() {
-#if defined(__aarch64__) || defined(_M_ARM64)
-  return {"neon"};  // part of the base architecture
-#else
-  return {};
+  std::vector<std::string> out = {"neon"};  // part of the base architecture
+#if defined(__linux__)
+  const unsigned long words[2] = {getauxval(AT_HWCAP), getauxval(26)};  // 26: AT_HWCAP2
 #endif
+  for (const ArmFeature& f : kArmFeatures) {
+#if defined(__linux__)
+    if (words[f.word] >> f.bit & 1) out.push_back(f.name);
+#elif defined(__APPLE__)
+    int value = 0;
+    size_t size = sizeof value;
+    if (sysctlbyname(f.sysctl, &value, &size, nullptr, 0) == 0 && value) out.push_back(f.name);
+#else
+    (void)f;
+#endif
+  }
+  return out;
 }
 
 std::string read_brand() {
-#if defined(__aarch64__) || defined(_M_ARM64)
-  return "ARM64";
-#else
-  return "unknown";
+#if defined(__APPLE__)
+  char text[128] = {};
+  size_t size = sizeof text - 1;
+  if (sysctlbyname("machdep.cpu.brand_string", text, &size, nullptr, 0) == 0 && text[0]) return text;
+#elif defined(__linux__)
+  // Boards and phones have a name in the device tree; the processor itself has only numbers.
+  std::ifstream board("/proc/device-tree/model");
+  std::string text;
+  if (std::getline(board, text, '\0') && !text.empty()) return text;
+  std::ifstream in("/proc/cpuinfo");
+  std::string line, implementer, part;
+  while (std::getline(in, line)) {
+    const size_t colon = line.find(": ");
+    if (colon == std::string::npos) continue;
+    if (line.rfind("CPU implementer", 0) == 0) implementer = line.substr(colon + 2);
+    if (line.rfind("CPU part", 0) == 0) part = line.substr(colon + 2);
+  }
+  if (!part.empty()) return "Arm, implementer " + implementer + ", part " + part;
 #endif
+  return "Arm";
 }
+#else
+std::vector<std::string> read_features() { return {}; }
+std::string read_brand() { return "unknown"; }
 #endif
 
 int machine_threads() {
@@ -192,23 +241,6 @@ double cgroup_cores() {
   return best;
 }
 
-// CPUs of the fastest kind among `cpus` (big.LITTLE, hybrid x86): a pool with static shares is as slow as its slowest
-// member. Linux gives a capacity where cores differ.
-std::vector<int> fastest(const std::vector<int>& cpus) {
-  std::vector<int> capacity;
-  int top = 0;
-  for (int cpu : cpus) {
-    capacity.push_back(std::atoi(read_line(cpu_dir(cpu) + "/cpu_capacity").c_str()));
-    top = std::max(top, capacity.back());
-  }
-  if (top == 0) return cpus;
-  std::vector<int> out;
-  for (size_t i = 0; i < cpus.size(); i++) {
-    if (capacity[i] * 10 >= top * 7) out.push_back(cpus[i]);
-  }
-  return out;
-}
-
 int count_cores(const std::vector<int>& cpus) {
   std::set<std::string> cores;
   for (int cpu : cpus) cores.insert(core_key(cpu));
@@ -224,7 +256,7 @@ void read_cores(CpuInfo* info, int* threads) {
   std::vector<int> allowed = affinity_cpus();
   info->physical_cores = all.empty() ? machine_threads() : count_cores(all);
   info->allowed_cores = allowed.empty() ? info->physical_cores : count_cores(allowed);
-  int fast = allowed.empty() ? info->allowed_cores : count_cores(fastest(allowed));
+  int fast = allowed.empty() ? info->allowed_cores : count_cores(fast_cpus(allowed, "/sys/devices/system/cpu"));
   const double quota = cgroup_cores();
   if (quota > 0) {
     const int most = std::max(1, int(std::ceil(quota)));
@@ -236,6 +268,14 @@ void read_cores(CpuInfo* info, int* threads) {
 #else
 void read_cores(CpuInfo* info, int* threads) {
   info->physical_cores = info->allowed_cores = *threads = machine_threads();
+#if defined(__APPLE__)
+  int cores = 0, fast = 0;
+  size_t size = sizeof cores;
+  if (sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0) == 0 && cores > 0)
+    info->physical_cores = info->allowed_cores = *threads = cores;
+  size = sizeof fast;  // the performance cores of Apple's own processors
+  if (sysctlbyname("hw.perflevel0.physicalcpu", &fast, &size, nullptr, 0) == 0 && fast > 0) *threads = std::min(fast, cores);
+#endif
 }
 #endif
 
@@ -263,6 +303,25 @@ bool has_all(std::initializer_list<const char*> names) {
 
 }  // namespace
 
+std::vector<int> fast_cpus(const std::vector<int>& cpus, const std::string& folder) {
+  for (const char* file : {"/cpu_capacity", "/cpufreq/cpuinfo_max_freq"}) {
+    std::vector<double> speed;
+    for (int cpu : cpus) {
+      std::ifstream in(folder + "/cpu" + std::to_string(cpu) + file);
+      double value = 0;
+      if (in >> value) speed.push_back(value);
+    }
+    if (speed.empty() || speed.size() != cpus.size()) continue;
+    const double top = *std::max_element(speed.begin(), speed.end());
+    std::vector<int> out;
+    for (size_t i = 0; i < cpus.size(); i++) {
+      if (speed[i] >= 0.7 * top) out.push_back(cpus[i]);
+    }
+    return out;
+  }
+  return cpus;
+}
+
 const CpuInfo& cpu_info() { return everything().info; }
 
 int default_threads() { return everything().threads; }
@@ -273,6 +332,8 @@ bool cpu_supports_isa(const std::string& name) {
   if (name == "avx2") return avx2;
   if (name == "avx512") return avx2 && has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"});
   if (name == "neon") return has_all({"neon"});
+  if (name == "neon_dotprod") return has_all({"neon", "dotprod"});
+  if (name == "neon_i8mm") return has_all({"neon", "dotprod", "i8mm"});
   return false;
 }
 

@@ -16,8 +16,14 @@ struct CpuInfo {
 // Read once; affinity and quota are those of the first call.
 const CpuInfo& cpu_info();
 
-// Whether processor and operating system can run code of "generic", "avx2", "avx512" or "neon".
+// Whether processor and operating system can run code of "generic", "avx2", "avx512", "neon", "neon_dotprod" or
+// "neon_i8mm".
 bool cpu_supports_isa(const std::string& name);
+
+// CPUs of the fastest kind among `cpus` (big.LITTLE, hybrid x86), from files in `folder` as Linux has them in
+// /sys/devices/system/cpu: at least 0.7 of the best cpu_capacity or, where no such file is, of the highest maximum
+// frequency; all where neither is known. A pool is as slow at every barrier as its slowest member.
+std::vector<int> fast_cpus(const std::vector<int>& cpus, const std::string& folder);
 
 // Threads for compute: the physical cores allowed by affinity mask and cgroup quota, the fast ones where cores differ.
 int default_threads();
