@@ -124,7 +124,8 @@ class Conversation:
         key = {"temperature": "temp", "n-predict": "max-tokens", "n": "max-tokens"}.get(key, key)
         if key not in settings:
             raise UsageError(f"no setting {name!r}; there are {', '.join(settings)}, system and verbose")
-        whole = isinstance(settings[key], int)
+        field = {"temp": "temperature"}.get(key, key.replace("-", "_"))
+        whole = isinstance(getattr(Sampling, field, -1), int)
         try:
             value: float = int(text) if whole else float(text)
         except ValueError:
@@ -134,7 +135,6 @@ class Conversation:
                 raise UsageError("max-tokens is -1 (no limit) or more")
             self.max_tokens = int(value)
             return
-        field = {"temp": "temperature"}.get(key, key.replace("-", "_"))
         self.sampling = replace(self.sampling, **{field: value})  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> None:

@@ -186,7 +186,7 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         """{"prompt_tokens", "prompt_seconds", "decode_tokens", "decode_seconds"} since the session began, and "n_ctx",
-        "n_past" (tokens in the cache), "kv_bytes" (memory of the cache when it is full)."""
+        "n_past" (tokens in the cache), "kv_bytes" (memory that the cache takes)."""
         core = self._opened()
         return {**core.stats(), "n_ctx": self._n_ctx, "n_past": core.n_past, "kv_bytes": core.kv_bytes}
 

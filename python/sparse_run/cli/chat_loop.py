@@ -49,35 +49,35 @@ class ChatLoop:
         self._quiet = quiet
         self._verbose = verbose
         self._last: Generation | None = None
+        self._running: Generation | None = None
+        self._stopped = False  # Ctrl-C was pressed during this answer
         self._hint_given = False  # Ctrl-C was pressed just now: once more leaves
 
     def talk(self, opening: str = "") -> int:
         """Reads messages from the terminal until the user leaves."""
         model = self._conversation.model
         self._note(f"{model.name}, {model.threads} threads, {model.isa}. /help lists the commands, Ctrl-D leaves.")
+        message: str | None = opening
         with _history(self._quiet):
-            try:
-                if opening:
-                    self._respond(opening)
-                while True:
-                    try:
+            while True:
+                try:
+                    if message is None:
                         message = self._read_message()
-                    except KeyboardInterrupt:
-                        if self._hint_given:
-                            sys.stderr.write("\n")
-                            return 130
-                        self._hint_given = True
-                        sys.stderr.write("\n")
-                        self._note("Ctrl-C again or Ctrl-D leaves.")
-                        continue
-                    self._hint_given = False
-                    self._respond(message)
-            except EOFError:
-                if not self._quiet:
+                        self._hint_given = False
+                    text, message = message, None
+                    self._respond(text)
+                except KeyboardInterrupt:
                     sys.stderr.write("\n")
-            except Leave:
-                pass
-        return 0
+                    if self._hint_given:
+                        return 130
+                    self._hint_given = True
+                    self._note("Ctrl-C again or Ctrl-D leaves.")
+                except EOFError:
+                    if not self._quiet:
+                        sys.stderr.write("\n")
+                    return 0
+                except Leave:
+                    return 0
 
     def lines(self, source: Iterable[str]) -> int:
         """Each line (or block between triple quotes) is a message; the first failure ends it."""
@@ -97,17 +97,19 @@ class ChatLoop:
 
     def one(self, text: str) -> int:
         """Answers one message, whatever it begins with."""
-        self._answer(*self._conversation.ask(text))
+        with self._ctrl_c_stops_the_answer():
+            self._answer(*self._conversation.ask(text))
         return 0
 
     def _respond(self, message: str) -> None:
         if not message.strip():
             return
         try:
-            if message.startswith("/") and "\n" not in message:
-                self._command(message)
-            else:
-                self._answer(*self._conversation.ask(message))
+            with self._ctrl_c_stops_the_answer():
+                if message.startswith("/") and "\n" not in message:
+                    self._command(message)
+                else:
+                    self._answer(*self._conversation.ask(message))
         except Error as error:
             if not self._interactive:
                 raise
@@ -117,29 +119,49 @@ class ChatLoop:
                 raise
             self._say(f"error: {error.filename or ''}: {error.strerror or error}")
 
-    def _answer(self, generation: Generation, forgotten: int) -> None:
-        conversation = self._conversation
-        if forgotten:
-            self._note(
-                f"(the context of {conversation.session.n_ctx} tokens is full: the oldest {forgotten} messages are forgotten)"
-            )
-        with _interrupt_cancels(generation) as pressed:
-            try:
-                for piece in generation:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-            finally:
-                generation.close()
-                conversation.answered(generation)
-        if self._interactive or not generation.text.endswith("\n"):
-            sys.stdout.write("\n")
-        sys.stdout.flush()
-        self._last = generation
-        if pressed:
+    @contextlib.contextmanager
+    def _ctrl_c_stops_the_answer(self) -> Iterator[None]:
+        """From a message to the end of its answer Ctrl-C cancels instead of raising, at whatever moment it comes."""
+        self._stopped = False
+
+        def stop(_signal: int, _frame: object) -> None:
+            self._stopped = True
+            if self._running is not None:
+                self._running.cancel()
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self._stopped:
             if not self._interactive:
                 raise KeyboardInterrupt
             self._hint_given = True
             self._note("(stopped)")
+
+    def _answer(self, generation: Generation, forgotten: int) -> None:
+        conversation = self._conversation
+        if forgotten:
+            self._note(
+                f"(the context of {conversation.session.n_ctx} tokens is full: "
+                f"the oldest {forgotten} messages are forgotten)"
+            )
+        self._running = generation
+        if self._stopped:
+            generation.cancel()
+        try:
+            for piece in generation:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        finally:
+            self._running = None
+            generation.close()
+            conversation.answered(generation)
+        if self._interactive or not generation.text.endswith("\n"):
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+        self._last = generation
         if generation.context_full:
             self._note(
                 f"(the context of {conversation.session.n_ctx} tokens is full, the answer is cut short; /clear forgets the "
@@ -293,22 +315,6 @@ def _undecodable_is_an_error(lines: Iterator[str]) -> Iterator[str]:
             return
         except UnicodeDecodeError:
             raise UsageError("stdin is not UTF-8 text; convert it") from None
-
-
-@contextlib.contextmanager
-def _interrupt_cancels(generation: Generation) -> Iterator[list[bool]]:
-    """While an answer runs, Ctrl-C ends it instead of the program. The list has an entry where that happened."""
-    pressed: list[bool] = []
-
-    def handle(_signal: int, _frame: object) -> None:
-        pressed.append(True)
-        generation.cancel()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _history_file() -> Path:
