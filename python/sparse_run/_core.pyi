@@ -1,5 +1,6 @@
 """The C++ core. Every heavy call releases the GIL. Errors are raised as classes of sparse_run.errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ def default_threads() -> int:
 
 def stream_gb_per_s(threads: int, megabytes: int = 512, repetitions: int = 5) -> list[float]:
     """Rate at which `threads` threads read a buffer larger than the caches, in GB/s, one value a repetition."""
+
+def set_log_sink(sink: Callable[[int, str], object] | None, level: int = 20) -> None:
+    """Calls sink(level, text) for messages of the core from `level` on (the numbers of logging); None = silent."""
 
 def panel_bytes(kind: str, rows: int, cols: int, group: int, has_min: bool) -> int:
     """Bytes of one panel of `rows` rows (models/format.md). `kind`: q4 q5 q6 q8 f32 f16 bf16."""
@@ -68,14 +72,19 @@ class Sampler:
         repeat_last_n: int = 64,
         seed: int = -1,
     ) -> None: ...
-    def sample(self, logits: NDArray[np.float32]) -> int: ...
+    @property
+    def seed(self) -> int:
+        """The seed in use; with it a run whose seed was drawn (-1) can be repeated."""
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """Picks a token from logits [n_vocab] without accepting it."""
     def accept(self, token: int) -> None: ...
     def reset(self) -> None: ...
 
 class Session:
     """A KV cache and its buffers. Not for two threads at once, except `cancel`."""
 
-    def __init__(self, model: Model, n_ctx: int) -> None: ...
+    def __init__(self, model: Model, n_ctx: int) -> None:
+        """`n_ctx` from 1 on, or 0 for what the model was trained for."""
     @property
     def n_ctx(self) -> int: ...
     @property
@@ -93,7 +102,7 @@ class Session:
     def eval_all(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """As eval, and returns the logits of every token, [len(tokens), n_vocab]."""
     def logits(self) -> NDArray[np.float32]:
-        """A view [n_vocab] of the last token's logits, valid until the next call."""
+        """A read-only view [n_vocab] of the last token's logits, valid until the next call."""
     def step(self, sampler: Sampler) -> int:
         """Samples from the last logits, appends the token, evaluates it, returns it."""
     def sample(self, sampler: Sampler) -> int:
@@ -101,4 +110,5 @@ class Session:
     def cancel(self) -> None:
         """Makes a running or the next eval raise Cancelled; callable from any thread."""
     def stats(self) -> dict[str, Any]:
-        """{"prompt_tokens", "prompt_seconds", "decode_tokens", "decode_seconds"} since the session began."""
+        """{"prompt_tokens", "prompt_seconds", "decode_tokens", "decode_seconds"} since the session began; tokens
+        evaluated one at a time count as decoded, others as prompt."""

@@ -53,9 +53,9 @@ TEST_CASE("json: malformed text is refused with the byte where it goes wrong") {
   for (const char* bad :
        {"", " ", "{", "[", "]", "{]", "[1,]", "{\"a\"}", "{\"a\":}", "{\"a\":1,}", "{a:1}", "tru", "nul", "+1", "01",
         "-", "1.", ".5", "1e", "1e+", "0x10", "NaN", "Infinity", "1e999", "-1e999", "\"", "\"\\\"", "\"\\x\"",
-        "\"\\u12\"", "\"\\u12g4\"", "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\n\"", "1 2", "{} x", "[1 2]",
-        "{\"a\":1,\"a\":2}", "'a'", "\"\xff\"", "\"\xc0\x80\"", "\"\xed\xa0\x80\"", "\"\xf5\x80\x80\x80\"", "\"\xc3\"",
-        "\"\xe2\x82\"", "// c\n1"}) {
+        "\"\\u12\"", "\"\\u12g4\"", "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\n\"", "1 2", "{} x",
+        "[1 2]", "{\"a\":1,\"a\":2}", "'a'", "\"\xff\"", "\"\xc0\x80\"", "\"\xed\xa0\x80\"", "\"\xf5\x80\x80\x80\"",
+        "\"\xc3\"", "\"\xe2\x82\"", "// c\n1"}) {
     CHECK_THROWS(Json::parse(bad), JsonError, "invalid JSON at byte ");
   }
   CHECK_THROWS(Json::parse(std::string("1\0", 2)), JsonError, "after the value");
