@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import packed_numpy
 import pytest
-
 from sparse_run.errors import (
     BudgetError,
     Cancelled,

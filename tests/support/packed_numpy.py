@@ -21,9 +21,9 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make(folder: Path, config: dict[str, Any], extra: dict[str, tuple[int, ...]], kind: str = "f32", seed: int = 1) -> (
-    tuple[dict[str, Any], dict[str, Array]]
-):
+def make(
+    folder: Path, config: dict[str, Any], extra: dict[str, tuple[int, ...]], kind: str = "f32", seed: int = 1
+) -> tuple[dict[str, Any], dict[str, Array]]:
     """Writes a packed model and returns its configuration and plain weights. `extra` names optional vectors (layer
     tensors without "layers.i.") and their shapes."""
     c = {**BASE, **config}
@@ -191,9 +191,7 @@ def logits(c: dict[str, Any], weights: dict[str, Array], tokens: Array) -> NDArr
             branch = norm(c, branch, w[at + "post_attn_norm"])
         before, x = x, x + c.get("residual_scale", 1) * branch
         if not c.get("parallel_block") or at + "ffn_norm" in w:
-            h = norm(
-                c, before if c.get("parallel_block") else x, w.get(at + "ffn_norm"), w.get(at + "ffn_norm.bias")
-            )
+            h = norm(c, before if c.get("parallel_block") else x, w.get(at + "ffn_norm"), w.get(at + "ffn_norm.bias"))
         up = linear("ffn_up", h)
         gate = h @ w[at + "gate"].T if c["ffn_gated"] else up
         z = activation(c["activation"], np.where(gate < c.get("activation_threshold", 0), 0, gate)
