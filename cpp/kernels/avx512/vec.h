@@ -187,5 +187,31 @@ struct Vec {
   };
 };
 
+// 4 bits: the codes of rows 32-63 stay in the upper half of their bytes (16 u, which dpbusd takes as well as u), so that
+// no shift competes with the interleaving for the two shuffle ports; their sums are divided by 16 at the end, exactly.
+template <>
+struct Vec::Acc<4> {
+  I acc[4];
+  void init(int32_t start) {
+    const I s = _mm512_set1_epi32(start);
+    acc[0] = acc[1] = acc[2] = acc[3] = _mm512_mask_slli_epi32(s, 0xFF00, s, 4);
+  }
+  static I raw(const uint8_t* low) {
+    const I both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    const int64_t lo = 0x0F0F0F0F0F0F0F0F, hi = int64_t(0xF0F0F0F0F0F0F0F0ull);
+    return _mm512_and_si512(both, _mm512_set_epi64(hi, hi, hi, hi, lo, lo, lo, lo));
+  }
+  void add4(const uint8_t* low, const uint8_t*, const uint32_t* off, uint32_t x4) {
+    I q[4];
+    interleave4(raw(low + off[0]), raw(low + off[1]), raw(low + off[2]), raw(low + off[3]), q);
+    const I x = _mm512_set1_epi32(int32_t(x4));
+    for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], q[j], x);
+  }
+  void to_float(F out[4]) {
+    lanes_transpose(acc);
+    for (int k = 0; k < 4; ++k) out[k] = _mm512_cvtepi32_ps(k < 2 ? acc[k] : _mm512_srai_epi32(acc[k], 4));
+  }
+};
+
 }  // namespace avx512
 }  // namespace sr
