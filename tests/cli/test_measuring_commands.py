@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,17 @@ class TestDoctor:
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1].split() == ["verdict", "ready"]
         assert "\x1b" not in done.stdout
+
+    def test_packages_are_those_of_the_project(self) -> None:
+        from sparse_run.cli.doctor import OPTIONAL, REQUIRED
+
+        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        listed = text.split("\ndependencies = [")[1].split("\n]")[0]
+        assert sorted(REQUIRED) == sorted(re.findall(r'"([a-z-]+)', listed))
+        extras = dict(re.findall(r"^(\w+) = \[(.*)\]$", text.split("[project.optional-dependencies]")[1], re.MULTILINE))
+        for extra, (package, _) in OPTIONAL.items():
+            assert f'"{package}>' in extras[extra]
+        assert set(extras) - {"dev"} >= set(OPTIONAL)
 
     def test_impossible_instruction_set_is_a_problem(self, run_cli: RunCli) -> None:
         done = run_cli("doctor", "--json", env={"SPARSE_RUN_FORCE_ISA": "sse9"})

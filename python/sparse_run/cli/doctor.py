@@ -13,7 +13,7 @@ import click
 
 from .common import colour, json_option, print_json, verbosity_options
 
-REQUIRED = ("click", "gguf", "jinja2", "numpy", "safetensors", "sentencepiece", "tokenizers")
+REQUIRED = ("click", "jinja2", "numpy", "safetensors", "sentencepiece", "tokenizers")
 # extra -> (package whose presence tells, what it is for)
 OPTIONAL = {
     "hf": ("huggingface-hub", "pull any Hugging Face repository"),
