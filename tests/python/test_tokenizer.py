@@ -130,11 +130,17 @@ def test_every_pretokenizer_gives_the_ids_of_llamacpp(kind: str, data: Path, tmp
         assert tokenizer.encode(text, add_bos=False, parse_special=False) == ids, repr(text)
 
 
-def test_all_names_of_pretokenizers_load(smollm2_metadata: Metadata, tmp_path: Path) -> None:
+def test_all_names_of_pretokenizers_load(tmp_path: Path) -> None:
     text = "It's 2024: naïve  café\n\n  x=1; 日本語 😀"
+    bytes_only = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": sorted(byte_alphabet()),
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.add_bos_token": False,
+    }
     for name in names():
-        tokenizer = built(smollm2_metadata, tmp_path / name, **{"tokenizer.ggml.pre": name})
-        assert tokenizer.decode(tokenizer.encode(text)[1 if tokenizer.add_bos else 0 :]) == text
+        tokenizer = built(bytes_only, tmp_path / name, **{"tokenizer.ggml.pre": name})
+        assert tokenizer.decode(tokenizer.encode(text)) == text, name
 
 
 @pytest.mark.parametrize(
