@@ -181,7 +181,7 @@ class TestDoctor:
 
         text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         listed = text.split("\ndependencies = [")[1].split("\n]")[0]
-        assert sorted(REQUIRED) == sorted(re.findall(r'"([a-z-]+)', listed))
+        assert sorted(REQUIRED) == sorted(re.findall(r'"([a-z0-9-]+)', listed))
         extras = dict(re.findall(r"^(\w+) = \[(.*)\]$", text.split("[project.optional-dependencies]")[1], re.MULTILINE))
         for extra, (package, _) in OPTIONAL.items():
             assert f'"{package}>' in extras[extra]
