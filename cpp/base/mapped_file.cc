@@ -1,9 +1,14 @@
 // mmap where there is one; elsewhere the file is read into memory, which is correct and merely slower to start.
 #include "base/mapped_file.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "base/aligned_buffer.h"
 #include "sparse_run/error.h"
@@ -26,7 +31,58 @@ namespace {
 }  // namespace
 
 #if SR_MMAP
-MappedFile::MappedFile(const std::string& path) : path_(path) {
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+
+// Reads the whole file to `to` with a few threads: one reader does not reach the rate of the page cache.
+bool read_all(int fd, uint8_t* to, size_t size) {
+  constexpr int kReaders = 4;
+  std::atomic<size_t> next{0};
+  std::atomic<bool> good{true};
+  const auto work = [&] {
+    for (size_t at; good && (at = next.fetch_add(4 * kHugePage)) < size;) {
+      const size_t end = std::min(size, at + 4 * kHugePage);
+      while (at < end) {
+        const ssize_t n = pread(fd, to + at, end - at, off_t(at));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) {  // an error, or a file that has become shorter
+          good = false;
+          return;
+        }
+        at += size_t(n);
+      }
+    }
+  };
+  std::vector<std::thread> helpers;
+  try {
+    for (int i = 1; i < kReaders && size > 8 * kHugePage; i++) helpers.emplace_back(work);
+  } catch (const std::system_error&) {  // fewer readers, then
+  }
+  work();
+  for (std::thread& t : helpers) t.join();
+  return good;
+}
+
+}  // namespace
+
+bool MappedFile::copy_from(int fd) {
+  block_size_ = (size_ + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
+  void* p = mmap(nullptr, block_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) return false;
+  uint8_t* data = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage);
+  prefer_huge_pages(data, size_);
+  if (!read_all(fd, data, size_)) {
+    munmap(p, block_size_);
+    return false;
+  }
+  mprotect(p, block_size_, PROT_READ);
+  block_ = p;
+  data_ = data;
+  return true;
+}
+
+MappedFile::MappedFile(const std::string& path, bool in_memory) : path_(path) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) cannot("open", path, std::strerror(errno));
   struct stat st;
@@ -39,6 +95,10 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
     why = "the file is empty";
   } else {
     size_ = size_t(st.st_size);
+    if (in_memory && copy_from(fd)) {
+      close(fd);
+      return;
+    }
     void* p = mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
     if (p == MAP_FAILED) {
       why = std::strerror(errno);
@@ -53,17 +113,20 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   if (!data_) cannot("map", path, why);
 }
 
-MappedFile::~MappedFile() { munmap(const_cast<uint8_t*>(data_), size_); }
+MappedFile::~MappedFile() {
+  if (block_) munmap(block_, block_size_);
+  else munmap(const_cast<uint8_t*>(data_), size_);
+}
 
 void MappedFile::will_need(size_t offset, size_t bytes) const {
-  if (offset >= size_) return;
+  if (offset >= size_ || block_) return;
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
   const size_t begin = offset / page * page;
   const size_t end = bytes > size_ - offset ? size_ : offset + bytes;
   madvise(const_cast<uint8_t*>(data_) + begin, end - begin, MADV_WILLNEED);
 }
 #else
-MappedFile::MappedFile(const std::string& path) : path_(path) {
+MappedFile::MappedFile(const std::string& path, bool) : path_(path) {
   std::FILE* f = std::fopen(path.c_str(), "rb");
   if (!f) cannot("open", path, std::strerror(errno));
   std::fseek(f, 0, SEEK_END);

@@ -2,6 +2,9 @@
 #include "bindings/model.h"
 
 #include <memory>
+#include <optional>
+
+#include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
 
@@ -9,14 +12,17 @@ namespace sr {
 
 void bind_model(py::module_& m) {
   py::class_<PyModel>(m, "Model", "A mapped packed model, shared by sessions; owns the thread pool.")
-      .def(py::init([](const std::string& path, int threads) {
+      .def(py::init([](const std::string& path, int threads, std::optional<bool> mmap) {
              py::gil_scoped_release release;
              ModelOptions options;
              options.path = path;
              options.threads = threads;
+             if (mmap) options.memory = *mmap ? WeightMemory::mapped : WeightMemory::copied;
              return std::make_unique<PyModel>(options);
            }),
-           py::arg("path"), py::arg("threads") = 0)
+           py::arg("path"), py::arg("threads") = 0, py::arg("mmap") = py::none())
+      .def_property_readonly("mapped", [](const PyModel& self) { return !self.get().copied(); },
+                             "Whether the weights are mapped from the file, not copied into memory.")
       .def_property_readonly("config_json", [](const PyModel& self) { return self.get().config_json(); })
       .def_property_readonly("threads", [](const PyModel& self) { return self.get().threads(); })
       .def_property_readonly("isa", [](const PyModel& self) { return self.get().isa(); })

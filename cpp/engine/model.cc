@@ -3,13 +3,10 @@
 
 #include "base/cpu_info.h"
 #include "base/log.h"
+#include "base/memory_info.h"
 #include "engine/model_impl.h"
 #include "kernels/table.h"
 #include "sparse_run/error.h"
-
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
 
 namespace sr {
 namespace {
@@ -24,26 +21,26 @@ int checked_threads(int threads) {
   return threads ? threads : default_threads();
 }
 
-// Reading ahead is a gain only for a model that fits into memory with room to spare.
-bool fits_memory(size_t bytes) {
-#if defined(_SC_PHYS_PAGES)
-  return double(bytes) < 0.5 * double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
-#else
-  return bytes < (size_t(1) << 30);
-#endif
+// Copying, like reading ahead, is a gain only for a model that fits into memory with room to spare.
+bool fits_memory(size_t bytes) { return bytes < available_memory() / 2; }
+
+bool wants_copy(const ModelOptions& options) {
+  if (options.memory != WeightMemory::automatic) return options.memory == WeightMemory::copied;
+  return fits_memory(PackedModel::weight_file_bytes(options.path));
 }
 
 }  // namespace
 
 Model::Impl::Impl(const ModelOptions& options)
-    : packed(options.path), decoder(packed, checked_threads(options.threads)) {}
+    : packed(options.path, wants_copy(options)), decoder(packed, checked_threads(options.threads)) {}
 
 Model::Model(const ModelOptions& options) {
   kernels();  // a forced instruction set that cannot be had is reported before anything is opened
   impl_ = std::make_shared<Impl>(options);
   const MappedFile& file = impl_->packed.weights().file();
   if (fits_memory(file.size())) file.will_need(0, file.size());
-  log_message(LogLevel::info, options.path + ": " + std::to_string(file.size() / 1000000) + " MB mapped, " +
+  log_message(LogLevel::info, options.path + ": " + std::to_string(file.size() / 1000000) +
+                                  (copied() ? " MB in memory, " : " MB mapped, ") +
                                   std::to_string(threads()) + " threads, instruction set " + isa());
 }
 
@@ -53,6 +50,7 @@ std::string Model::isa() const { return kernels().name; }
 int Model::n_vocab() const { return impl_->decoder.config().n_vocab; }
 int Model::n_ctx_train() const { return impl_->decoder.config().n_ctx_train; }
 size_t Model::weight_bytes() const { return impl_->packed.tensor_bytes(); }
+bool Model::copied() const { return impl_->packed.weights().file().in_memory(); }
 size_t Model::bytes_per_token() const { return impl_->decoder.bytes_per_token(); }
 
 }  // namespace sr

@@ -1,6 +1,9 @@
 // Layout descriptions are checked against the bytes that are really there before a kernel may see a matrix.
 #include "format/packed_model.h"
 
+#include <algorithm>
+#include <fstream>
+
 #include "sparse_run/error.h"
 
 namespace sr {
@@ -32,7 +35,7 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 
 }  // namespace
 
-PackedModel::PackedModel(const std::string& directory) : directory_(directory) {
+PackedModel::PackedModel(const std::string& directory, bool in_memory) : directory_(directory) {
   const std::string config_path = directory + "/config.json";
   config_text_ = read_text_file(config_path, kMaxConfigBytes);
   try {
@@ -47,8 +50,15 @@ PackedModel::PackedModel(const std::string& directory) : directory_(directory) {
     throw Error(ErrorCode::unsupported, config_path + ": packed model format " + std::to_string(version->as_integer()) +
                                             ", this program reads " + std::to_string(kFormatVersion) + kAgain);
   }
-  weights_ = std::make_unique<Safetensors>(directory + "/weights.safetensors");
-  for (const auto& t : weights_->tensors()) tensor_bytes_ += t.second.bytes;
+  weights_ = std::make_unique<Safetensors>(directory + "/weights.safetensors", in_memory);
+  for (const auto& t : weights_->tensors()) {
+    if (t.first.rfind("__pad__.", 0) != 0) tensor_bytes_ += t.second.bytes;
+  }
+}
+
+size_t PackedModel::weight_file_bytes(const std::string& directory) {
+  std::ifstream file(directory + "/weights.safetensors", std::ios::binary | std::ios::ate);
+  return file ? size_t(std::max<std::streamoff>(0, file.tellg())) : 0;
 }
 
 void PackedModel::bad_config(const std::string& key, const std::string& what) const {

@@ -14,7 +14,10 @@ namespace sr {
 class PackedModel {
  public:
   // Opens a directory; Error(model) or Error(unsupported) says which file is missing, damaged or too new.
-  explicit PackedModel(const std::string& directory);
+  // in_memory: the weights are copied into huge pages rather than mapped.
+  explicit PackedModel(const std::string& directory, bool in_memory = false);
+  // Bytes of a directory's weight file, 0 if there is none.
+  static size_t weight_file_bytes(const std::string& directory);
 
   const std::string& directory() const { return directory_; }
   const std::string& config_text() const { return config_text_; }

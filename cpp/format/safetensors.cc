@@ -47,7 +47,7 @@ TensorView read_entry(const Json& entry, const uint8_t* data, size_t header_byte
 
 }  // namespace
 
-Safetensors::Safetensors(const std::string& path) : file_(path) { read_header(); }
+Safetensors::Safetensors(const std::string& path, bool in_memory) : file_(path, in_memory) { read_header(); }
 
 void Safetensors::damaged(const std::string& what) const {
   throw Error(ErrorCode::model,

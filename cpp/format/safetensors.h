@@ -22,7 +22,7 @@ class Safetensors {
  public:
   // Throws Error(model) naming the file when it is not a sound safetensors file: header length, JSON, offsets within
   // the file, no overlaps, shapes that agree with their byte counts.
-  explicit Safetensors(const std::string& path);
+  explicit Safetensors(const std::string& path, bool in_memory = false);
 
   const std::string& path() const { return file_.path(); }
   const MappedFile& file() const { return file_; }

@@ -105,6 +105,7 @@ DecoderConfig read_decoder_config(const PackedModel& model) {
   c.rope_theta = r.number("rope_theta", 10000, 1, 1e12);
   c.rope_theta_local = r.number("rope_theta_local", c.rope_theta, 1, 1e12);
   c.rope_mscale = float(r.number("rope_mscale", 1, 1e-3, 1e3));
+  c.rope_mscale_local = float(r.number("rope_mscale_local", c.rope_mscale, 1e-3, 1e3));
 
   c.attn_scale = float(r.number("attn_scale", 1 / std::sqrt(double(c.head_dim)), -1e6, 1e6));
   c.attn_softcap = float(r.number("attn_softcap", 0, 0, 1e9));

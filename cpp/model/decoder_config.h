@@ -26,7 +26,7 @@ struct DecoderConfig {
   RopeStyle rope_style = RopeStyle::none;
   int rope_dims = 0;
   double rope_theta = 10000, rope_theta_local = 10000;
-  float rope_mscale = 1;
+  float rope_mscale = 1, rope_mscale_local = 1;
   float attn_scale = 1;
   float attn_softcap = 0, logit_softcap = 0;
   float embedding_scale = 1, residual_scale = 1, logit_scale = 1;

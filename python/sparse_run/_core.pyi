@@ -44,7 +44,12 @@ def unpack_panel(kind: str, data: NDArray[np.uint8], rows: int, cols: int, group
 class Model:
     """A mapped packed model, shared by sessions; owns the thread pool."""
 
-    def __init__(self, path: str, threads: int = 0) -> None: ...
+    def __init__(self, path: str, threads: int = 0, mmap: bool | None = None) -> None:
+        """`mmap`: True maps the weights, False copies them into huge pages (15-30% faster decoding), None copies them
+        where that takes at most half of the available memory."""
+    @property
+    def mapped(self) -> bool:
+        """Whether the weights are mapped from the file, not copied into memory."""
     @property
     def config_json(self) -> str: ...
     @property

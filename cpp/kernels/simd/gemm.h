@@ -142,7 +142,10 @@ template <class V, int NT>
 void gemm_float_block(const float* tile, const float* x, size_t ldx, int cols, float* y, size_t ldy) {
   constexpr int L = V::kLanes, NV = V::kGemmRows / L;
   typename V::F acc[NT][NV];
+  // Unrolled here and below: see gemv_float_tile.
+#pragma GCC unroll 16
   for (int t = 0; t < NT; ++t)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) acc[t][v] = V::zero();
   for (int c = 0; c < cols; ++c) {
     typename V::F wv[NV];
@@ -152,7 +155,9 @@ void gemm_float_block(const float* tile, const float* x, size_t ldx, int cols, f
       for (int v = 0; v < NV; ++v) acc[t][v] = V::fma(wv[v], xc, acc[t][v]);
     }
   }
+#pragma GCC unroll 16
   for (int t = 0; t < NT; ++t)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) V::store(y + t * ldy + v * L, acc[t][v]);
 }
 

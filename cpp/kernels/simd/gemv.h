@@ -245,12 +245,15 @@ template <class V, int KIND>
 void gemv_float_tile(const uint8_t* tile, const float* x, int cols, float* y) {
   constexpr int N = kTileRows / V::kLanes;
   typename V::F acc[N];
+  // Unrolled, or GCC makes a memset of it and then stores the sums in every round of the loop below.
+#pragma GCC unroll 64
   for (int k = 0; k < N; ++k) acc[k] = V::zero();
   for (int c = 0; c < cols; ++c) {
     const auto xc = V::set1(x[c]);
     for (int k = 0; k < N; ++k)
       acc[k] = V::fma(load_weight<V, KIND>(tile, size_t(c) * kTileRows + k * V::kLanes), xc, acc[k]);
   }
+#pragma GCC unroll 64
   for (int k = 0; k < N; ++k) V::store(y + k * V::kLanes, acc[k]);
 }
 

@@ -1,0 +1,80 @@
+// /proc/meminfo and the cgroup files on Linux; half of physical memory elsewhere.
+#include "base/memory_info.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace sr {
+namespace {
+
+#if defined(__linux__)
+// The number in a one-line file, or -1 ("max", missing, unreadable).
+double number_in(const std::string& path) {
+  std::ifstream in(path);
+  double value = -1;
+  return in >> value ? value : -1;
+}
+
+// Room below the limit of one cgroup directory: limit - usage + file cache (which gives way).
+double room_in(const std::string& dir, const char* limit, const char* usage, const char* cache_key) {
+  const double most = number_in(dir + limit), used = number_in(dir + usage);
+  if (most < 0 || used < 0) return -1;
+  double cache = 0;
+  std::ifstream stat(dir + "/memory.stat");
+  for (std::string key; stat >> key;) {
+    double value = 0;
+    stat >> value;
+    if (key == cache_key) cache += value;
+  }
+  return std::max(0.0, most - used + cache);
+}
+
+// The smallest room on the way from this process's memory cgroup to the root, v1 or v2; -1 for no limit.
+double cgroup_room() {
+  double best = -1;
+  std::ifstream in("/proc/self/cgroup");
+  for (std::string line; std::getline(in, line);) {
+    const size_t a = line.find(':'), b = line.find(':', a + 1);
+    if (a == std::string::npos || b == std::string::npos) continue;
+    const std::string controllers = line.substr(a + 1, b - a - 1);
+    const bool v2 = controllers.empty();
+    if (!v2 && ("," + controllers + ",").find(",memory,") == std::string::npos) continue;
+    const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    for (std::string path = line.substr(b + 1);; path.erase(path.rfind('/'))) {
+      const std::string dir = root + (path == "/" ? "" : path);
+      const double room = v2 ? room_in(dir, "/memory.max", "/memory.current", "inactive_file")
+                             : room_in(dir, "/memory.limit_in_bytes", "/memory.usage_in_bytes", "total_inactive_file");
+      if (room >= 0 && (best < 0 || room < best)) best = room;
+      if (path.empty() || path == "/") break;
+    }
+  }
+  return best;
+}
+#endif
+
+}  // namespace
+
+size_t available_memory() {
+  double bytes = 0;
+#if defined(__linux__)
+  std::ifstream in("/proc/meminfo");
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("MemAvailable:", 0) == 0) bytes = 1024.0 * std::stod(line.substr(13));
+  }
+  const double room = cgroup_room();
+  if (room >= 0 && (bytes == 0 || room < bytes)) bytes = room;
+#elif defined(_SC_PHYS_PAGES)
+  bytes = 0.5 * double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
+#endif
+  return bytes > double(SIZE_MAX) / 2 ? SIZE_MAX / 2 : size_t(bytes);
+}
+
+}  // namespace sr
