@@ -234,8 +234,8 @@ def test_byte_level_round_trip(smollm2: Tokenizer, text: str) -> None:
 @given(st.text())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sentencepiece_round_trip(llama: Tokenizer, text: str) -> None:
-    # The library takes U+2581 for a space and cuts at U+0000; nothing else may change.
-    clean = text.replace("\u2581", "_").replace("\0", "")
+    # The library takes U+2581 for a space; nothing else may change.
+    clean = text.replace("\u2581", "_")
     assert llama.decode(llama.encode(clean, add_bos=False, parse_special=False)) == clean
 
 
@@ -410,6 +410,43 @@ def test_hugging_face_post_processor_decides_about_the_first_token(
     export_hf(tmp_path, out)
     tokenizer = Tokenizer.load(out)
     assert tokenizer.add_bos and tokenizer.bos_id == 1 and tokenizer.encode("x")[0] == 1
+
+
+def test_hugging_face_json_with_sentencepiece_habits(stories_dir: Path, tmp_path: Path) -> None:
+    """Llama's tokenizer.json: merges over characters, U+2581 for spaces, tokens for bytes, a space before the text."""
+    import sentencepiece
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Builder
+
+    file = stories_dir / "tok512.model"
+    pieces = [piece.text for piece in read_model(file.read_bytes(), "tok512").pieces]
+    vocabulary = {text: i for i, text in enumerate(pieces)}
+    merges = [
+        (text[:cut], text[cut:])
+        for text in pieces[259:]
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    ]
+    builder = Builder(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    builder.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    builder.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    builder.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in pieces[:3]])
+    builder.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true}')
+    out = tmp_path / "out"
+    out.mkdir()
+    export_hf(tmp_path, out)
+    tokenizer = Tokenizer.load(out)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    assert tokenizer.add_bos and tokenizer.add_space_prefix and tokenizer.eos_ids == (2,)
+    for text in ("Once upon a time, Lily", "Zürich 漢字 😀 said"):
+        ids = tokenizer.encode(text)
+        assert ids == [1, *reference.encode(text)]
+        assert tokenizer.decode(ids) == text
+        stream = tokenizer.stream(strip_space=True)
+        assert "".join(map(stream.push, ids)) == text
 
 
 def test_hugging_face_sentencepiece_keeps_ids_and_flags(data: Path, mistral: Tokenizer) -> None:

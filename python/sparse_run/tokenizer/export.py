@@ -263,15 +263,13 @@ def _take_json(path: Path, out: Path, described: Mapping[str, Any], config: dict
     built.no_padding()
     own = {added.content: token for token, added in built.get_added_tokens_decoder().items()}
     bos = own.get(_content(described.get("bos_token")))
-    # The post-processor says what is put around a text, unless the configuration does.
+    # The post-processor says what is put around a text; Llama's classes make one from the configuration.
     bare, dressed = built.encode("a", add_special_tokens=False).ids, built.encode("a", add_special_tokens=True).ids
     leads = len(dressed) > len(bare) and dressed[0] != bare[0]
     if bos is None and leads:
         bos = dressed[0]
     config["bos_token_id"] = bos
-    config["add_bos"] = bos is not None and (
-        leads if leads or dressed == bare else bool(described.get("add_bos_token"))
-    )
+    config["add_bos"] = bos is not None and (leads or described.get("add_bos_token") is True)
     config["add_eos"] = len(dressed) > len(bare) + int(leads)
     decoder = json.loads(built.decoder.__getstate__()) if built.decoder is not None else {}
     steps = decoder.get("decoders", [decoder])
