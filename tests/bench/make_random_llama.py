@@ -67,7 +67,9 @@ def blocks(kind: str, rng: np.random.Generator, n: int, std: float) -> NDArray[n
     bits = {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8, "q4_k": 4, "q6_k": 6}[kind]
     scale = std * 12**0.5 / 2**bits * rng.uniform(0.5, 1.5, (n, 1))
     if kind == "q4_0":
-        return np.concatenate([halves(scale), uniform_bytes(rng, n, 16)], axis=1)
+        # Codes 1 to 15, whose mean is the zero point: a common offset of all weights would drown the rest within a few layers.
+        low, high = (rng.integers(1, 16, (n, 16), dtype=np.uint8) for _ in range(2))
+        return np.concatenate([halves(scale), low | high << 4], axis=1)
     if kind == "q4_1":
         return np.concatenate([halves(scale), halves(-7.5 * scale), uniform_bytes(rng, n, 16)], axis=1)
     if kind == "q5_0":
