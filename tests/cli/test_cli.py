@@ -194,3 +194,13 @@ def test_output_is_text_even_without_utf8(run_cli: Run, stories_packed: Path) ->
     environment = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     done = run_cli("generate", "-m", stories_packed, "-p", "Zoë", "-n", "8", "--temp", "0", env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "code"),
+    [("chat", "-p Hello -n 3", 0), ("chat", "", 0), ("generate", "-p Hello -n 3", 0), ("generate", "", 2)],
+)
+def test_a_closed_stdin_does_no_harm(command: str, arguments: str, code: int, stories_packed: Path) -> None:
+    line = f"exec {sys.executable} -m sparse_run {command} -m '{stories_packed}' {arguments} <&-"
+    done = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr

@@ -84,7 +84,7 @@ def command(
     opening = "\n\n".join(first)
     if first and not opening.strip():
         raise UsageError("the first message is empty")
-    interactive = sys.stdin.isatty() and file != "-"
+    interactive = sys.stdin is not None and sys.stdin.isatty() and file != "-"
     with (
         load_model(model, threads=threads, ctx_size=ctx_size, quiet=quiet, chat_template=chat_template) as opened,
         opened.session() as session,
@@ -96,6 +96,6 @@ def command(
         elif first:
             code = loop.one(opening)
         else:
-            code = loop.lines(sys.stdin)
+            code = loop.lines(sys.stdin or ())
     if code:
         raise click.exceptions.Exit(code)

@@ -243,6 +243,8 @@ def load_model(
 
 def read_text(path: str) -> str:
     """The text of a file, or of stdin for `-`. Raises UsageError where it is not UTF-8."""
+    if path == "-" and sys.stdin is None:
+        raise UsageError("stdin is closed; give the text in a file")
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
         return data.decode("utf-8-sig")

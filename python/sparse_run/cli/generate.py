@@ -79,7 +79,7 @@ def command(
         raise click.UsageError("give the prompt with -p or with -f, not with both")
     if system_prompt is not None and not chat:
         raise click.UsageError("--system-prompt needs --chat")
-    if prompt is None and file is None and sys.stdin.isatty():
+    if prompt is None and file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no prompt; give one with -p TEXT, -f FILE or on stdin")
     text = prompt if prompt is not None else read_text(file or "-")
     if chat and not text.strip():
