@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .common import Architecture
 
-_NOT_ARCHITECTURES = {"__init__", "common", "rope"}
+_NOT_ARCHITECTURES = {"__init__", "common", "fields", "rope", "usual"}
 
 
 def module_names() -> list[str]:

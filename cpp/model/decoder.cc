@@ -173,8 +173,8 @@ void Decoder::prepare_row(const Norm& norm, const float* x, const Linear& w, Inp
   if (w.quantised) in->quantise(row);
 }
 
-// The attention branch is added to x, and what the FFN multiplies is made: of x after that, or, in a parallel block, of x
-// before it (where both branches share one norm, row holds it already).
+// The attention branch is added to x, and what the FFN multiplies is made: of x after that, or, in a parallel block, of
+// x before it (where both branches share one norm, row holds it already).
 void Decoder::prepare_ffn(const LayerWeights& w, const float* branch, float* scratch, float* x, InputBuffer* in,
                           int row) const {
   if (config_.parallel_block) {

@@ -15,7 +15,8 @@ from sparse_run import _core, registry
 from sparse_run.convert import convert
 from sparse_run.convert.describe import describe
 from sparse_run.errors import ModelError, UnsupportedModelError
-from sparse_run.models import common, rope
+from sparse_run.models import rope
+from sparse_run.models.fields import Fields
 
 BASE = {
     "vocab_size": 300,
@@ -146,7 +147,16 @@ def test_rope_scalings_are_those_of_transformers(torch: Any) -> None:
             ("yarn", {"original_max_position_embeddings": original, "beta_fast": 16.0, "beta_slow": 2.0}),
             ("yarn", {"original_max_position_embeddings": original, "mscale": 0.7, "mscale_all_dim": 1.3}),
             ("yarn", {"original_max_position_embeddings": original, "attention_factor": 1.5}),
+            ("yarn", {"original_max_position_embeddings": original, "truncate": False}),
             ("linear", {}),
+            (
+                "longrope",
+                {
+                    "original_max_position_embeddings": original,
+                    "short_factor": [1 + i / 64 for i in range(64)],
+                    "long_factor": [2 + i / 32 for i in range(64)],
+                },
+            ),
             ("llama3", {"original_max_position_embeddings": original, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
         ]:
             scaling = {"rope_type": kind, "rope_theta": theta, "factor": factor, **extra}
@@ -154,26 +164,29 @@ def test_rope_scalings_are_those_of_transformers(torch: Any) -> None:
                 hidden_size=512, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=dict(scaling)
             )
             expected, attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-            factors, mscale = rope.hf_scaling(scaling, "config.json", 128, theta, 131072)
+            scaled = rope.hf_scaling(scaling, "config.json", 128, theta, 131072)
             plain = theta ** (-np.arange(64) / 64)
-            np.testing.assert_allclose(plain / np.array(factors), expected.numpy(), rtol=2e-6)
-            assert mscale == pytest.approx(attention, rel=1e-6)
+            np.testing.assert_allclose(plain / np.array(scaled.factors), expected.numpy(), rtol=2e-6)
+            assert scaled.mscale == pytest.approx(attention, rel=1e-6)
+            assert scaled.context == (original if kind == "longrope" else None)
 
 
 def test_gguf_scaling_keys_mean_the_same() -> None:
-    def scaling(**keys: Any) -> tuple[list[float] | None, float]:
+    def scaling(**keys: Any) -> rope.Scaling:
         values = {f"llama.rope.{key.replace('__', '.')}": value for key, value in keys.items()}
-        return rope.gguf_scaling(common.Fields(values, "m.gguf", "llama."), 128, 10000.0, 131072)
+        return rope.gguf_scaling(Fields(values, "m.gguf", "llama."), 128, 10000.0, 131072)
 
-    assert scaling() == (None, 1.0)
-    assert scaling(scaling__type="none", scaling__factor=4.0) == (None, 1.0)
-    assert scaling(scaling__type="linear", scaling__factor=4.0) == ([4.0] * 64, 1.0)
-    assert scaling(scale_linear=2.0) == ([2.0] * 64, 1.0)
-    factors, mscale = scaling(scaling__type="yarn", scaling__factor=4.0, scaling__original_context_length=4096)
-    assert factors == rope.yarn(128, 10000.0, 4.0, 4096) and mscale == rope.yarn_mscale(4.0)
-    assert factors is not None and factors[0] == 1.0 and factors[-1] == 4.0
-    with pytest.raises(UnsupportedModelError, match="'longrope' is not supported"):
-        scaling(scaling__type="longrope")
+    assert scaling() == rope.Scaling()
+    assert scaling(scaling__type="none", scaling__factor=4.0) == rope.Scaling()
+    assert scaling(scaling__type="linear", scaling__factor=4.0) == rope.Scaling([4.0] * 64)
+    assert scaling(scale_linear=2.0) == rope.Scaling([2.0] * 64)
+    yarn = scaling(scaling__type="yarn", scaling__factor=4.0, scaling__original_context_length=4096)
+    assert yarn == rope.Scaling(rope.yarn(128, 10000.0, 4.0, 4096), rope.yarn_mscale(4.0))
+    assert yarn.factors is not None and yarn.factors[0] == 1.0 and yarn.factors[-1] == 4.0
+    long = scaling(scaling__type="longrope", scaling__original_context_length=4096, scaling__attn_factor=1.2)
+    assert long == rope.Scaling(None, 1.2, 4096)
+    with pytest.raises(UnsupportedModelError, match="'dynamic' is not supported"):
+        scaling(scaling__type="dynamic")
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -206,7 +219,10 @@ TROUBLES: dict[str, tuple[Callable[[Path], object], str]] = {
         "'T5Model' is not supported; supported",
     ),
     "no architecture": (lambda d: edit(d / "config.json", architectures=None), "names no architecture"),
-    "activation": (lambda d: edit(d / "config.json", hidden_act="gelu"), "activation 'gelu' is not supported"),
+    "activation": (
+        lambda d: edit(d / "config.json", hidden_act="mish"),
+        "hidden_act is 'mish', which is not supported",
+    ),
     "hidden size": (lambda d: edit(d / "config.json", hidden_size="96"), "hidden_size is '96'"),
     "vocabulary": (
         lambda d: edit(d / "config.json", vocab_size=301),
@@ -219,7 +235,7 @@ TROUBLES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "rope": (
         lambda d: edit(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-        "'dynamic' is not supported",
+        "rope_type is 'dynamic', which is not supported",
     ),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer"),
     "weights truncated": (

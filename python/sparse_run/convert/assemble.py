@@ -22,6 +22,7 @@ _GLOBAL_VECTORS = ("output_norm", "output_norm.bias", "position_embd", "rope_fac
 _LAYER_VECTORS = (
     "attn_norm",
     "attn_norm.bias",
+    "attn_sub_norm",
     "q_norm",
     "k_norm",
     "post_attn_norm",
@@ -68,8 +69,13 @@ def assemble(
             put(layer + "ffn_up", None if up is None else _padded(up, n_ff, up.cols))
         down = matrix(layer + "ffn_down")
         put(layer + "ffn_down", None if down is None else _padded(down, down.rows, n_ff))
-        if layer + "ffn_up.bias" in left:
-            out[layer + "ffn_up.bias"] = _padded_vector(left.pop(layer + "ffn_up.bias"), n_ff)
+        gate_bias, up_bias = left.pop(layer + "ffn_gate.bias", None), left.pop(layer + "ffn_up.bias", None)
+        if gate is not None and (gate_bias is not None or up_bias is not None):
+            out[layer + "ffn_gate_up.bias"] = _gate_up_bias(gate_bias, up_bias, n_ff)
+        elif up_bias is not None:
+            out[layer + "ffn_up.bias"] = _padded_vector(up_bias, n_ff)
+        if layer + "ffn_sub_norm" in left:
+            out[layer + "ffn_sub_norm"] = _padded_vector(left.pop(layer + "ffn_sub_norm"), n_ff)
         move_vectors(layer, ("attn_o.bias", "ffn_down.bias", *_LAYER_VECTORS))
     put("output", matrix("output"))
     move_vectors("", _GLOBAL_VECTORS)
@@ -109,6 +115,14 @@ def _qkv(config: Mapping[str, Any], layer: str, left: dict[str, TensorData]) -> 
 def _gate_up(gate: RowSource, up: RowSource, n_ff: int) -> RowSource:
     form = common_form(gate.form, up.form)
     return InterleavedRows(*(_padded(_cast(source, form), n_ff, source.cols) for source in (gate, up)))
+
+
+def _gate_up_bias(gate: TensorData | None, up: TensorData | None, n_ff: int) -> NDArray[np.float32]:
+    """In the order of the matrix's rows; a missing one counts as zeros."""
+    import numpy as np
+
+    both = [np.zeros(n_ff, np.float32) if b is None else _padded_vector(b, n_ff) for b in (gate, up)]
+    return np.stack([b.reshape(-1, TILE_ROWS) for b in both], axis=1).reshape(-1)
 
 
 def _cast(source: RowSource, form: Form) -> RowSource:

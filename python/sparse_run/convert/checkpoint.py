@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, UnsupportedModelError
 from .assemble import assemble
-from .rows import RowSource
+from .rows import PickedRows, RowSource, floats_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..models.common import Architecture, Decoder
+    from ..models.common import Architecture, Decoder, Fused
     from .writer import Existing, ProgressCallback, TensorData
 
 
@@ -45,6 +45,8 @@ class Checkpoint:
     tensors: Mapping[str, CheckpointTensor]
     about: Mapping[str, str]  # name, license, source
     tokenizer: Callable[[Path], None]
+    norm_offset: float = 0.0  # to be added to the weights of norms
+    positions_offset: int = 0  # rows of position_embd before that of position 0
 
     def tensor_types(self) -> dict[str, int]:
         """How many tensors there are of each type."""
@@ -55,9 +57,10 @@ def match_roles(checkpoint: Checkpoint) -> dict[str, CheckpointTensor]:
     """Role to tensor. Raises where a tensor is missing, of a wrong shape, or none that the architecture knows."""
     from ..models.common import expected_shape
 
-    arch, config = checkpoint.architecture, checkpoint.decoder.config
+    arch, decoder = checkpoint.architecture, checkpoint.decoder
+    config, fused = decoder.config, _fused(checkpoint)
     wanted: dict[str, str] = {}
-    for pattern in (*arch.required, *arch.optional):
+    for pattern in (*decoder.required, *decoder.optional):
         if pattern in checkpoint.names:
             for role, name in _expand(pattern, checkpoint.names[pattern], config["n_layers"]):
                 wanted[name] = role
@@ -69,12 +72,14 @@ def match_roles(checkpoint: Checkpoint) -> dict[str, CheckpointTensor]:
             f"{checkpoint.where}: tensor {unknown[0]}{more} belongs to no part of the architecture {arch.name} that is "
             "supported; this variant of the model cannot be run"
         )
-    for pattern in arch.required:
+    for pattern in decoder.required:
         for role, name in _expand(pattern, checkpoint.names[pattern], config["n_layers"]):
             if role not in matched:
                 raise ModelError(f"{checkpoint.where}: tensor {name} is missing; the file is not whole, fetch it again")
     for role, tensor in matched.items():
-        shape = expected_shape(role, config)
+        shape = expected_shape(role, config, fused)
+        if role == "position_embd":
+            shape = (shape[0] + checkpoint.positions_offset, shape[1])
         if tensor.shape != shape:
             raise ModelError(
                 f"{checkpoint.where}: tensor {tensor.name} has the shape {_text(tensor.shape)}, but the hyper-parameters "
@@ -90,11 +95,67 @@ def _expand(role: str, name: str, n_layers: int) -> Iterable[tuple[str, str]]:
 
 
 def _ignored(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.fullmatch(re.escape(p).replace(re.escape("{i}"), r"\d+"), name) for p in patterns)
+    return any(
+        re.fullmatch(re.escape(p).replace(re.escape("{i}"), r"\d+").replace(re.escape("*"), ".*"), name)
+        for p in patterns
+    )
 
 
 def _text(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _fused(checkpoint: Checkpoint) -> Mapping[str, Fused]:
+    own = checkpoint.decoder.fused
+    return checkpoint.architecture.fused if own is None else own
+
+
+def load_roles(checkpoint: Checkpoint) -> dict[str, TensorData]:
+    """The tensors by role: matrices as sources of rows, vectors in memory; what is fused is taken apart."""
+    import numpy as np
+
+    from ..models.common import part_ranges
+
+    config, fused = checkpoint.decoder.config, _fused(checkpoint)
+    roles: dict[str, TensorData] = {}
+    for role, tensor in match_roles(checkpoint).items():
+        layer, _, name = role.rpartition(".") if not role.endswith(".bias") else role[:-5].rpartition(".")
+        if name in fused:
+            for part, ranges in part_ranges(fused[name], config).items():
+                whole = f"{layer}.{part}"
+                if role.endswith(".bias"):
+                    values = tensor.vector()
+                    roles[whole + ".bias"] = np.concatenate([values[begin:end] for begin, end in ranges])
+                else:
+                    roles[whole] = PickedRows(tensor.rows(), ranges)
+        elif role == "position_embd":
+            rows = tensor.rows()
+            roles[role] = floats_of(rows.read(checkpoint.positions_offset, rows.rows))
+        elif len(tensor.shape) == 2:
+            roles[role] = tensor.rows()
+        elif role.endswith("norm") and checkpoint.norm_offset:
+            roles[role] = tensor.vector() + checkpoint.norm_offset
+        else:
+            roles[role] = tensor.vector()
+    return roles
+
+
+def _add_rope_factors(checkpoint: Checkpoint, config: Mapping[str, Any], roles: dict[str, TensorData]) -> None:
+    """The factors of the decoder's scaling times those that the checkpoint stores; windowed layers have the same ones
+    unless their rotation is their own."""
+    import numpy as np
+
+    decoder = checkpoint.decoder
+    stored = roles.get("rope_factors")
+    if decoder.rope_factors is not None:
+        factors = np.asarray(decoder.rope_factors, np.float32)
+        stored = roles["rope_factors"] = factors * stored if isinstance(stored, np.ndarray) else factors
+    if not isinstance(stored, np.ndarray):
+        return
+    if not (stored > 0).all():
+        raise ModelError(f"{checkpoint.where}: RoPE factors that are not positive; the file is damaged, fetch it again")
+    if any(config.get("window") or ()) and not decoder.local_rope:
+        roles["rope_factors_local"] = stored
 
 
 def convert_checkpoint(
@@ -107,24 +168,13 @@ def convert_checkpoint(
 ) -> None:
     """Makes the packed model. `source()` is called before the rename for source.json; it raises where the source changed
     meanwhile."""
-    import numpy as np
-
     from ..models.common import check_config
     from .writer import write_packed
 
-    config = {**checkpoint.about, **checkpoint.decoder.config}
+    config = {**checkpoint.about, "architecture": checkpoint.architecture.name, **checkpoint.decoder.config}
     check_config(config, checkpoint.where)
-    matched = match_roles(checkpoint)
-    roles: dict[str, TensorData] = {
-        role: tensor.rows() if len(tensor.shape) == 2 else tensor.vector() for role, tensor in matched.items()
-    }
-    if checkpoint.decoder.rope_factors is not None:
-        factors = np.asarray(checkpoint.decoder.rope_factors, np.float32)
-        stored = roles.get("rope_factors")
-        roles["rope_factors"] = factors * stored if isinstance(stored, np.ndarray) else factors
-    stored = roles.get("rope_factors")
-    if isinstance(stored, np.ndarray) and not (stored > 0).all():
-        raise ModelError(f"{checkpoint.where}: RoPE factors that are not positive; the file is damaged, fetch it again")
+    roles = load_roles(checkpoint)
+    _add_rope_factors(checkpoint, config, roles)
     config, tensors = assemble(config, roles)
 
     write_packed(

@@ -44,7 +44,8 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         check_config(config, checkpoint.where)
         roles = match_roles(checkpoint)
         weights = [_Weights(role, prod(t.shape), t.nbytes, t.type) for role, t in roles.items()]
-        config = {**checkpoint.about, **config, "tied_embeddings": "output" not in roles}
+        about = {**checkpoint.about, "architecture": checkpoint.architecture.name}
+        config = {**about, **config, "tied_embeddings": "output" not in roles}
         kind = "safetensors" if path.is_dir() else "gguf"
         scaled = checkpoint.decoder.rope_factors is not None or "rope_factors" in roles
         return {"path": str(path), "format": kind, **_facts(config, scaled), **_sizes(weights)}

@@ -13,7 +13,7 @@ from .rows import FileRows, file_vector
 def open_gguf(file: GgufFile) -> Checkpoint:
     """The checkpoint in an open file, which must stay open while it is converted."""
     from ..models import architectures, find_gguf
-    from ..models.common import Fields
+    from ..models.fields import HARMLESS_GGUF, Fields
 
     metadata, where = file.metadata, str(file.path)
     name = metadata.get("general.architecture")
@@ -28,12 +28,16 @@ def open_gguf(file: GgufFile) -> Checkpoint:
     if architecture is None:
         known = ", ".join(sorted(n for a in architectures() for n in a.gguf))
         raise UnsupportedModelError(f"{where}: the architecture {name!r} is not supported; supported: {known}")
-    decoder = architecture.gguf_config(Fields(metadata, where, f"{name}."), _vocabulary(metadata, where))
+    if architecture.gguf_config is None:
+        raise UnsupportedModelError(f"{where}: {name!r} is supported as a Hugging Face directory only")
+    fields = Fields(metadata, where, f"{name}.", file.tensors)
+    decoder = architecture.gguf_config(fields, _vocabulary(metadata, where))
+    fields.refuse_unknown(HARMLESS_GGUF)
     return Checkpoint(
         where=where,
         architecture=architecture,
         decoder=decoder,
-        names=architecture.gguf_names,
+        names={**architecture.gguf_names, **decoder.names},
         tensors={t.name: _tensor(file, t) for t in file.tensors.values()},
         about=_about(metadata, file.path),
         tokenizer=lambda directory: _export_tokenizer(metadata, where, directory),

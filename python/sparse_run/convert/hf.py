@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 @contextlib.contextmanager
 def open_hf(directory: Path) -> Iterator[Checkpoint]:
     """The checkpoint in a directory; its files are open meanwhile."""
-    from ..models.common import Fields
+    from ..models.fields import HARMLESS_HF, Fields
 
     config = read_json(directory / "config.json")
     architecture = _architecture(config, directory)
@@ -33,16 +33,20 @@ def open_hf(directory: Path) -> Iterator[Checkpoint]:
         raise UnsupportedModelError(
             f"{directory}: weights quantised by {name!r} are not supported; get the original checkpoint or a GGUF file"
         )
-    fields = Fields(config, str(directory / "config.json"))
-    decoder = architecture.hf_config(fields, fields.integer("vocab_size"))
+    if architecture.hf_config is None:
+        raise UnsupportedModelError(f"{directory}: {architecture.name!r} is supported as a GGUF file only")
+    fields = Fields(_decoder_part(config, architecture), str(directory / "config.json"))
+    decoder = architecture.hf_config(fields, fields.integer("vocab_size", architecture.hf_vocabulary))
+    fields.refuse_unknown(HARMLESS_HF)
     with contextlib.ExitStack() as stack:
         tensors: dict[str, CheckpointTensor] = {}
         for path in _weight_files(directory):
             file = stack.enter_context(SafetensorsFile(path))
             for tensor in file.tensors.values():
-                if tensor.name in tensors:
+                name = _renamed(tensor.name, architecture.hf_renames)
+                if name in tensors:
                     raise ModelError(f"{path}: tensor {tensor.name} is in another file too; fetch the directory again")
-                tensors[tensor.name] = _tensor(file, tensor)
+                tensors[name] = _tensor(file, tensor)
         head = architecture.hf_names["output"]
         if decoder.config.get("tied_embeddings"):
             tensors.pop(head, None)  # some files repeat the embedding there
@@ -52,11 +56,29 @@ def open_hf(directory: Path) -> Iterator[Checkpoint]:
             where=str(directory),
             architecture=architecture,
             decoder=decoder,
-            names=architecture.hf_names,
+            names={**architecture.hf_names, **decoder.names},
+            norm_offset=architecture.hf_norm_offset,
+            positions_offset=architecture.hf_positions_offset,
             tensors=tensors,
             about={"name": directory.resolve().name},
             tokenizer=partial(_export_tokenizer, directory),
         )
+
+
+def _decoder_part(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """What config.json says of the decoder; the models around it have theirs beside it."""
+    inner = config.get(architecture.hf_nested) if architecture.hf_nested else None
+    if not isinstance(inner, dict):
+        return config
+    kept = {key: config[key] for key in ("architectures", "tie_word_embeddings") if key in config}
+    return {**kept, **inner, "architectures": config["architectures"]}
+
+
+def _renamed(name: str, renames: Mapping[str, str]) -> str:
+    for old, new in renames.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -155,6 +155,24 @@ class ConcatRows:
         return stack(parts)
 
 
+class PickedRows:
+    """Ranges [begin, end) of another source's rows, one below the other: a part of a fused matrix."""
+
+    def __init__(self, source: RowSource, ranges: Sequence[tuple[int, int]]) -> None:
+        self.source, self.ranges = source, ranges
+        self.form, self.cols = source.form, source.cols
+        self.rows = sum(end - begin for begin, end in ranges)
+
+    def read(self, begin: int, end: int) -> RowsRead:
+        parts, at = [], 0
+        for first, last in self.ranges:
+            here, there = max(begin - at, 0), min(end - at, last - first)
+            if here < there:
+                parts.append(self.source.read(first + here, first + there))
+            at += last - first
+        return stack(parts) if parts else self.source.read(0, 0)
+
+
 class InterleavedRows:
     """gate and up in blocks of 64 rows: gate 0-63, up 0-63, gate 64-127 ... Both of one form, rows a multiple of 64."""
 
