@@ -21,6 +21,15 @@ struct Candidate {
 // A strict total order, so that results do not depend on the sorting algorithm. NaN counts as the least.
 bool likelier(const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; }
 
+constexpr int kBlock = 64;
+
+// Whether a logit is above `limit`; without a branch for each, so that a vocabulary takes microseconds.
+bool any_above(float limit, const float* logits, int n) {
+  int above = 0;
+  for (int i = 0; i < n; i++) above |= logits[i] > limit;
+  return above != 0;
+}
+
 void check(bool good, const char* what, const std::string& got) {
   if (!good) throw Error(ErrorCode::usage, std::string(what) + ", got " + got);
 }
@@ -64,8 +73,12 @@ const float* Sampler::Impl::apply_penalty(const float* logits, int n) {
 
 int32_t Sampler::Impl::greedy(const float* logits, int n) const {
   int32_t best = 0;
-  for (int32_t i = 1; i < n; i++) {
-    if (logits[i] > logits[best]) best = i;
+  for (int32_t begin = 0; begin < n; begin += kBlock) {
+    const int32_t end = std::min(begin + kBlock, n);
+    if (!any_above(logits[best], logits + begin, end - begin)) continue;
+    for (int32_t i = begin; i < end; i++) {
+      if (logits[i] > logits[best]) best = i;
+    }
   }
   return best;
 }
@@ -79,15 +92,11 @@ void Sampler::Impl::keep_top_k(const float* logits, int n) {
     return;
   }
   // A heap whose front is the least likely of the k best. Few tokens get past it, so blocks are looked at as a whole.
-  const int block = 64;
-  for (int32_t begin = 0; begin < n; begin += block) {
-    const int32_t end = std::min(begin + block, n);
-    if (int(candidates.size()) == k) {
-      const float least = candidates.front().logit;
-      int above = 0;
-      for (int32_t i = begin; i < end; i++) above |= logits[i] > least;
-      if (!above) continue;  // an equal logit has a higher id than those kept and loses
-    }
+  for (int32_t begin = 0; begin < n; begin += kBlock) {
+    const int32_t end = std::min(begin + kBlock, n);
+    // An equal logit has a higher id than those kept and loses.
+    const bool full = int(candidates.size()) == k;
+    if (full && !any_above(candidates.front().logit, logits + begin, end - begin)) continue;
     for (int32_t i = begin; i < end; i++) {
       const Candidate c = {logits[i], i};
       if (int(candidates.size()) < k) {

@@ -80,7 +80,8 @@ void set_shares(Linear* w, int threads, int tiles_per_unit) {
     const int even = std::min(unit * tiles_per_unit, w->tiles());
     // A panel's border nearby is better: cut elsewhere, a thread would walk a few tiles of a panel at half of the
     // memory's speed (qkv of a 135M model: 35% against 74% of the stream rate).
-    int border = even, nearest = std::max(8, w->tiles() / threads) / 8 + 1;
+    const int each = w->tiles() / threads;
+    int border = even, nearest = (each < 4 ? 0 : std::max(1, each / 8)) + 1;  // shares of few tiles stay even
     for (size_t p = 0; p < w->parts.size(); p++) {
       const int step = w->parts[p].panel_rows / kTileRows;
       for (int b = w->tile_begin[p]; b <= w->tile_begin[p + 1]; b += step) {

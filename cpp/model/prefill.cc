@@ -15,6 +15,23 @@ float* indexed_from(float* local, size_t begin) {
   return reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(local) - begin * sizeof(float));
 }
 
+// Into how many row ranges a tile's work is cut, so that few tiles still divide well among the threads: of nine tiles on
+// two threads one thread does five. Each range unpacks the tile anew, about a twentieth of its work. 256 tokens of a
+// 135M model on two threads: 3% faster.
+int row_pieces(int tiles, int threads, int rows) {
+  int best = 1;
+  double least = 0;
+  for (int pieces = 1; pieces <= 4 && (pieces == 1 || rows / pieces >= 32); pieces++) {
+    const int rounds = (tiles * pieces + threads - 1) / threads;
+    const double cost = double(rounds) / pieces * (1 + 0.05 * (pieces - 1));
+    if (pieces == 1 || cost < least) {
+      least = cost;
+      best = pieces;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 void Decoder::prefill(int tid, const Pass& pass) {
@@ -36,11 +53,17 @@ void Decoder::prefill(int tid, const Pass& pass) {
     for (int item = counter.take(); item < count; item = counter.take()) fn(item);
     phase++;
   };
-  // All tiles of w for rows [from, n).
-  const auto multiply = [&](const Linear& w, InputBuffer& in, float* y, size_t ldy, int from) {
-    const Input input = in.input(from);
-    for_items(w.tiles(), [&](int tile) {
-      gemm(w, input, n - from, tile, tile + 1, y + size_t(from) * ldy, ldy, t.gemm_scratch.data());
+  // Items are (unit of tiles, range of the rows [from, n)).
+  const auto for_tiles = [&](int units, int from, auto&& fn) {
+    const int rows = n - from, pieces = row_pieces(units, threads, rows);
+    for_items(units * pieces, [&](int item) {
+      const int piece = item % pieces;
+      fn(item / pieces, from + rows * piece / pieces, from + rows * (piece + 1) / pieces);
+    });
+  };
+  const auto multiply = [&](const Linear& w, const InputBuffer& in, float* y, size_t ldy, int from) {
+    for_tiles(w.tiles(), from, [&](int tile, int begin, int end) {
+      gemm(w, in.input(begin), end - begin, tile, tile + 1, y + size_t(begin) * ldy, ldy, t.gemm_scratch.data());
     });
   };
   const auto x_row = [&](int i) { return b.x.data() + size_t(i) * embd; };
@@ -103,15 +126,14 @@ void Decoder::prefill(int tid, const Pass& pass) {
     });
     pool_.barrier();
     const int step = c.ffn_gated ? 2 : 1;
-    const Input ffn_input = b.in.input(from);
-    for_items(w.ffn_in.tiles() / step, [&](int item) {
-      const int tile = item * step, ld = step * kTileRows;
-      gemm(w.ffn_in, ffn_input, n - from, tile, tile + step, indexed_from(t.tile.data(), size_t(tile) * kTileRows),
-           size_t(ld), t.gemm_scratch.data());
-      for (int i = from; i < n; i++) {
-        float* gate = t.tile.data() + size_t(i - from) * ld;
-        activate(gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, b.z.row(i) + item * kTileRows);
-        if (w.ffn_down.quantised && !w.ffn_sub_norm) b.z.quantise(i, item * kTileRows, kTileRows);
+    for_tiles(w.ffn_in.tiles() / step, from, [&](int unit, int begin, int end) {
+      const int tile = unit * step, ld = step * kTileRows;
+      gemm(w.ffn_in, b.in.input(begin), end - begin, tile, tile + step,
+           indexed_from(t.tile.data(), size_t(tile) * kTileRows), size_t(ld), t.gemm_scratch.data());
+      for (int i = begin; i < end; i++) {
+        float* gate = t.tile.data() + size_t(i - begin) * ld;
+        activate(gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, b.z.row(i) + unit * kTileRows);
+        if (w.ffn_down.quantised && !w.ffn_sub_norm) b.z.quantise(i, unit * kTileRows, kTileRows);
       }
     });
     pool_.barrier();
