@@ -11,13 +11,13 @@
 
 namespace sr {
 
-// A counter that threads wait on: they spin for a while, then sleep in the kernel.
+// A counter that threads wait on: they spin for a while, then yield for a while, then sleep in the kernel.
 class WaitWord {
  public:
   uint32_t value(std::memory_order order = std::memory_order_acquire) const { return word_.load(order); }
   // Changes the value and wakes whoever sleeps.
   void advance();
-  // Returns the new value once it differs from `old`; at most `spins` looks before sleeping.
+  // Returns the new value once it differs from `old`; `spins` looks before yielding.
   uint32_t wait(uint32_t old, int spins);
 
  private:
@@ -58,7 +58,7 @@ class ThreadPool {
   void work(int tid);
 
   const int size_;
-  int barrier_spins_ = 0, idle_spins_ = 0;
+  int spins_ = 0;
   long owner_process_ = 0;
   void (*fn_)(void*, int) = nullptr;
   void* arg_ = nullptr;
