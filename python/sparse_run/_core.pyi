@@ -85,6 +85,24 @@ class Sampler:
     def accept(self, token: int) -> None: ...
     def reset(self) -> None: ...
 
+class Sparsity:
+    """Thresholds at the sites A, O, M and Z (shared design: words), bound to one model; shared by sessions, immutable.
+
+    An input j of a site is kept iff |x[j]| > threshold[j]. Prefill and the positions before `dense_tokens` stay dense."""
+
+    def __init__(
+        self,
+        model: Model,
+        thresholds: dict[str, list[NDArray[np.float32] | None]],
+        dense_tokens: int = 16,
+        break_even: float = 0.9,
+    ) -> None:
+        """thresholds: site letter -> one entry a layer: None (dense) or [width] or [1] thresholds >= 0, not NaN; widths:
+        A, M: n_embd; O: n_heads * head_dim; Z: n_ff. `break_even`: density above which a product runs dense (on the masked
+        input: the same bits). Raises UsageError on a wrong site, shape or value, and where a site's matrix is float."""
+    @property
+    def dense_tokens(self) -> int: ...
+
 class Session:
     """A KV cache and its buffers. Not for two threads at once, except `cancel`."""
 
@@ -108,6 +126,21 @@ class Session:
         """As eval, and returns the logits of every token, [len(tokens), n_vocab]."""
     def logits(self) -> NDArray[np.float32]:
         """A read-only view [n_vocab] of the last token's logits, valid until the next call."""
+    def set_sparsity(self, plan: Sparsity | None, mask_prefill: bool = False) -> None:
+        """From now on decoding skips by `plan`. mask_prefill: blocks of tokens are masked as well, from position
+        plan.dense_tokens on (dense products on masked inputs: the bits of sparse decoding, at prefill's speed)."""
+    def density(self) -> dict[str, float]:
+        """Share of columns kept since the last call, by site ("A", "O", "M", "Z"; sites that masked nothing are absent), and
+        "body": share of the bytes of all layers' matrices that was read. Resets the counters."""
+    def embed(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The residual stream before the first layer, [n, n_embd]."""
+    def run_layer(
+        self, layer: int, pos: int, x: NDArray[np.float32], taps: bool = False
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        """One layer alone: x [n <= 256, n_embd] at positions pos, pos + 1 ... -> the stream after the layer, [n, n_embd],
+        and with `taps` the inputs of its sites before masking, {"A": [n, n_embd], "O", "M", "Z"}. Uses the cache's memory
+        of that layer (positions before pos must have been run through it); the session's tokens must be empty. Masks as set
+        by set_sparsity with mask_prefill. Calibration."""
     def step(self, sampler: Sampler) -> int:
         """Samples from the last logits, appends the token, evaluates it, returns it."""
     def sample(self, sampler: Sampler) -> int:
