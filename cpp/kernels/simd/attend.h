@@ -20,11 +20,19 @@ inline void score_block(const AttendArgs& a, int row, const uint16_t* k, float* 
   for (int i = 0; i < QT; ++i)
     for (int v = 0; v < NV; ++v) acc[i][v] = V::zero();
   const float* q = a.q + row * a.q_stride;
-  for (int d = 0; d < a.head_dim; ++d)
+  // Decode meets keys and values for the first time: those of the next and of this block are fetched meanwhile.
+  const bool cold = a.n_q <= 8;
+  const uint16_t *next = k + size_t(a.head_dim) * kKeyBlock, *values = a.v + (k - a.k);
+  for (int d = 0; d < a.head_dim; ++d) {
+    if (cold && d % 2 == 0) {
+      __builtin_prefetch(next + d * kKeyBlock);
+      __builtin_prefetch(values + d * kKeyBlock);
+    }
     for (int v = 0; v < NV; ++v) {
       const auto key = V::load_f16(k + d * kKeyBlock + v * V::kLanes);
       for (int i = 0; i < QT; ++i) acc[i][v] = V::fma(V::set1(q[i * a.q_stride + d]), key, acc[i][v]);
     }
+  }
   for (int i = 0; i < QT; ++i)
     for (int v = 0; v < NV; ++v) V::store(scores + i * kChunkKeys + v * V::kLanes, V::mul(acc[i][v], V::set1(a.scale)));
 }
