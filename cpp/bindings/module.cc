@@ -13,5 +13,6 @@ PYBIND11_MODULE(_core, m) {
   sr::bind_pack(m);
   sr::bind_model(m);
   sr::bind_sampler(m);
+  sr::bind_sparsity(m);
   sr::bind_session(m);
 }

@@ -99,6 +99,51 @@ void bind_session(py::module_& m) {
            py::arg("sampler"), "Samples from the last logits, evaluates that token and returns it.")
       .def("sample", [](Session& self, Sampler& sampler) { return self.sample(&sampler); }, py::arg("sampler"),
            py::call_guard<py::gil_scoped_release>(), "Samples from the last logits without evaluating.")
+      .def("set_sparsity", &Session::set_sparsity, py::arg("plan").none(true), py::arg("mask_prefill") = false,
+           "From now on decoding skips by `plan`; mask_prefill: blocks of tokens are masked as well.")
+      .def("density",
+           [](Session& self) {
+             const Density d = self.density();
+             py::dict out;
+             const char* names[] = {"A", "O", "M", "Z"};
+             for (int i = 0; i < 4; i++)
+               if (d.site[i] >= 0) out[names[i]] = d.site[i];
+             if (d.body >= 0) out["body"] = d.body;
+             return out;
+           },
+           "Shares of columns kept by site, and of the layers' bytes read, since the last call.")
+      .def("embed",
+           [](Session& self, const py::array& tokens) {
+             const std::vector<int32_t> ids = token_vector(tokens);
+             py::array_t<float> out({py::ssize_t(ids.size()), py::ssize_t(self.n_embd())});
+             self.embed(ids.data(), int(ids.size()), out.mutable_data());
+             return out;
+           },
+           py::arg("tokens"), "The residual stream before the first layer, [n, n_embd].")
+      .def("run_layer",
+           [](Session& self, int layer, int pos, const py::array& rows, bool taps) {
+             const py::array x = checked_array(rows, 'f', 4, 2, "x");
+             if (x.shape(1) != self.n_embd()) throw Error(ErrorCode::usage, "x must have the shape [n, n_embd]");
+             const py::ssize_t n = x.shape(0);
+             py::array_t<float> out({n, py::ssize_t(self.n_embd())});
+             py::dict tapped;
+             float* buffers[4] = {};
+             const char* names[] = {"A", "O", "M", "Z"};
+             for (int i = 0; taps && i < 4; i++) {
+               py::array_t<float> t({n, py::ssize_t(self.site_width(i))});
+               buffers[i] = t.mutable_data();
+               tapped[names[i]] = t;
+             }
+             const float* in = static_cast<const float*>(x.data());
+             float* result = out.mutable_data();
+             {
+               py::gil_scoped_release release;
+               self.run_layer(layer, pos, in, int(n), result, buffers);
+             }
+             return py::make_tuple(out, tapped);
+           },
+           py::arg("layer"), py::arg("pos"), py::arg("x"), py::arg("taps") = false,
+           "One layer alone: the stream after it, and with taps the inputs of its sites before masking.")
       .def("cancel", &Session::cancel, "Makes a running or the next eval raise Cancelled; callable from any thread.")
       .def("stats", &stats_dict, "Tokens and seconds of prompts and of decoding since the session began.");
 }

@@ -9,6 +9,7 @@
 
 #include "base/aligned_buffer.h"
 #include "engine/model_impl.h"
+#include "engine/sparsity_impl.h"
 #include "sparse_run/error.h"
 
 namespace sr {
@@ -72,7 +73,12 @@ struct Session::Impl {
     if (!has_logits) throw Error(ErrorCode::usage, "there are no logits: evaluate tokens first");
   }
 
+  Skipping skipping() { return {sparsity ? &sparsity->plan : nullptr, mask_prefill, &counts}; }
+
   std::shared_ptr<Model::Impl> model;
+  std::shared_ptr<Sparsity::Impl> sparsity;
+  bool mask_prefill = false;
+  SiteCounts counts;
   int n_ctx;
   KvCache cache;
   AlignedBuffer<float> logits;
@@ -138,7 +144,7 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
     bool whole = false;
     try {
       whole = !should_stop() &&
-              model->decoder.forward(ids + done, block, int(tokens.size()), &cache, which, out, should_stop);
+              model->decoder.forward(ids + done, block, int(tokens.size()), &cache, which, out, should_stop, skipping());
     } catch (...) {
       count(done);
       throw;
@@ -223,6 +229,54 @@ const float* Session::logits() const {
   impl_->need_logits();
   return impl_->logits.data();
 }
+
+void Session::set_sparsity(const Sparsity* sparsity, bool mask_prefill) {
+  InUse guard(&impl_->in_use);
+  if (sparsity && sparsity->impl_->model != impl_->model) {
+    throw Error(ErrorCode::usage, "these thresholds are bound to another model: make them for the session's own");
+  }
+  impl_->sparsity = sparsity ? sparsity->impl_ : nullptr;
+  impl_->mask_prefill = mask_prefill;
+}
+
+Density Session::density() {
+  InUse guard(&impl_->in_use);
+  SiteCounts& c = impl_->counts;
+  Density d;
+  for (size_t i = 0; i < size_t(kSites); i++) {
+    const int64_t kept = c.kept[i].exchange(0), offered = c.offered[i].exchange(0);
+    if (offered) d.site[i] = double(kept) / double(offered);
+  }
+  const int64_t read = c.bytes_read.exchange(0), held = c.bytes_held.exchange(0);
+  if (held) d.body = double(read) / double(held);
+  return d;
+}
+
+void Session::embed(const int32_t* tokens, int n, float* out) {
+  InUse guard(&impl_->in_use);
+  impl_->check_tokens(tokens, n);
+  impl_->check_room(n);
+  impl_->model->decoder.embed(tokens, n, 0, out);
+}
+
+void Session::run_layer(int layer, int pos, const float* x, int n, float* out, float* const* taps) {
+  InUse guard(&impl_->in_use);
+  Impl& s = *impl_;
+  if (!s.tokens.empty()) throw Error(ErrorCode::usage, "single layers run only while no tokens are cached: truncate(0)");
+  if (layer < 0 || layer >= s.model->decoder.config().n_layers) {
+    throw Error(ErrorCode::usage, "there is no layer " + std::to_string(layer));
+  }
+  if (n < 1 || n > kMaxBlock || pos < 0 || pos > s.n_ctx - n) {
+    throw Error(ErrorCode::usage, "single layers take 1 to " + std::to_string(kMaxBlock) +
+                                      " rows inside the context of " + std::to_string(s.n_ctx));
+  }
+  LayerRun run = {layer, x, out, {}};
+  for (int i = 0; taps && i < kSites; i++) run.taps[i] = taps[i];
+  s.model->decoder.run_layer(run, n, pos, &s.cache, s.skipping());
+}
+
+int Session::n_embd() const { return impl_->model->decoder.config().n_embd; }
+int Session::site_width(int site) const { return impl_->model->decoder.site_width(Site(site)); }
 
 int32_t Session::sample(Sampler* sampler) {
   InUse guard(&impl_->in_use);

@@ -29,7 +29,7 @@ void Decoder::decode(int tid, const Pass& pass) {
   for (int l = 0; l < c.n_layers; l++) {
     const LayerWeights& w = weights_.layers[size_t(l)];
     prepare_row(w.attn_norm, t.x.data(), w.attn_qkv, &t.in, 0);
-    share(w.attn_qkv, t.in.input(), qkv_.data());
+    share(w.attn_qkv, masked(pass, tid, l, Site::A, &t.in), qkv_.data());
     pool_.barrier();
 
     decode_attention(t, pass, l);
@@ -40,12 +40,12 @@ void Decoder::decode(int tid, const Pass& pass) {
     gather_attention(tid, t, l, pass.pos);
     norm_row(w.attn_sub_norm, t.att.row(0), c.n_attn(), t.att.row(0));
     if (w.attn_o.quantised) t.att.quantise(0);
-    share(w.attn_o, t.att.input(), branch_o_.data());
+    share(w.attn_o, masked(pass, tid, l, Site::O, &t.att), branch_o_.data());
     pool_.barrier();
 
     prepare_ffn(w, branch_o_.data(), t.scratch.data(), t.x.data(), &t.in, 0);
     const int begin = w.ffn_in.share[size_t(tid)] * kTileRows, end = w.ffn_in.share[size_t(tid) + 1] * kTileRows;
-    share(w.ffn_in, t.in.input(), gate_up_.data());
+    share(w.ffn_in, masked(pass, tid, l, Site::M, &t.in), gate_up_.data());
     const int step = c.ffn_gated ? 2 * kTileRows : kTileRows;
     for (int row = begin; row < end; row += step) {
       float* gate = gate_up_.data() + row;
@@ -53,14 +53,19 @@ void Decoder::decode(int tid, const Pass& pass) {
       activate(gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, z_.row(0) + neuron);
     }
     const int z_begin = c.ffn_gated ? begin / 2 : begin, z_end = c.ffn_gated ? end / 2 : end;
-    if (!w.ffn_sub_norm && w.ffn_down.quantised && z_end > z_begin) z_.quantise(0, z_begin, z_end - z_begin);
+    if (!w.ffn_sub_norm && w.ffn_down.quantised && z_end > z_begin) {
+      z_.quantise(0, z_begin, z_end - z_begin);
+      const float* threshold = threshold_for(pass, l, Site::Z, pass.pos, true);
+      if (threshold) z_.select(0, threshold, z_begin, z_end - z_begin);
+    }
     pool_.barrier();
 
     if (w.ffn_sub_norm) {
       norm_row(w.ffn_sub_norm, z_.row(0), c.n_ff, t.z.row(0));
       if (w.ffn_down.quantised) t.z.quantise(0);
     }
-    share(w.ffn_down, w.ffn_sub_norm ? t.z.input() : z_.input(), branch_down_.data());
+    share(w.ffn_down, w.ffn_sub_norm ? masked(pass, tid, l, Site::Z, &t.z) : masked(pass, tid, l, Site::Z, &z_, true),
+          branch_down_.data());
     if (tid == 0) leave_ = (*pass.should_stop)();
     pool_.barrier();
 
@@ -120,8 +125,8 @@ void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
       a.n_q = count;
       a.q_stride = size_t(hd);
       a.head_dim = hd;
-      a.k = pass.cache->k(layer, kv_head) + size_t(base) * hd;
-      a.v = pass.cache->v(layer, kv_head) + size_t(base) * hd;
+      a.k = pass.cache->k(layer, kv_head, chunk);
+      a.v = pass.cache->v(layer, kv_head, chunk);
       a.n_keys = last;
       a.first = firsts;
       a.last = lasts;

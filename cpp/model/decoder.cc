@@ -72,6 +72,10 @@ Decoder::Decoder(const PackedModel& model, int threads)
   rope_table_local_.reset(size_t(c.rope_dims), kWorkspace);
   z_.reset(1, c.n_ff, kWorkspace);
 
+  // Inputs of down that are exactly 0 need no threshold to be skipped. After a sub-norm they are 0 still.
+  if (c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 || c.up_relu)
+    no_threshold_.reset(size_t(c.n_ff), kWorkspace);
+
   block_ = std::make_unique<Block>();
   Block& b = *block_;
   const size_t rows = kMaxBlock;
@@ -91,7 +95,7 @@ Decoder::Decoder(const PackedModel& model, int threads)
 Decoder::~Decoder() = default;
 
 bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Logits which, float* logits,
-                      const std::function<bool()>& should_stop) {
+                      const std::function<bool()>& should_stop, const Skipping& skipping) {
   std::lock_guard<FairMutex> lock(turn_);
   const int chunks = (pos + n - 1) / kAttentionChunk + 1;
   if (n == 1 && chunks > partial_chunks_) {
@@ -107,7 +111,7 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
   not_finite_.store(false, std::memory_order_relaxed);
   counter_[0].reset();
   counter_[1].reset();
-  const Pass pass = {tokens, n, pos, cache, which, logits, &should_stop};
+  const Pass pass = {tokens, n, pos, cache, which, logits, &should_stop, skipping};
   if (n == 1) {
     pool_.run([&](int tid) { decode(tid, pass); });
   } else {

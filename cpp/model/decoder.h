@@ -13,6 +13,7 @@
 #include "model/kv_cache.h"
 #include "model/rope.h"
 #include "model/weights.h"
+#include "sparse/plan.h"
 
 namespace sr {
 
@@ -22,6 +23,21 @@ enum class Logits : uint8_t {
   none,
   last,  // [padded_vocab]: of the last token
   all,   // [n, n_vocab]: of every token; for blocks of two tokens or more
+};
+
+// What a session wants skipped.
+struct Skipping {
+  const SparsityPlan* plan = nullptr;  // null: nothing but exact zeros
+  bool mask_blocks = false;            // blocks of tokens are masked too, from plan->dense_tokens() on
+  SiteCounts* counts = nullptr;
+};
+
+// One layer alone, for calibration.
+struct LayerRun {
+  int layer;
+  const float* x;     // [n, n_embd] in
+  float* out;         // [n, n_embd]
+  float* taps[kSites];  // inputs of the sites before masking, [n, width]; null: not wanted
 };
 
 class Decoder {
@@ -42,7 +58,14 @@ class Decoder {
   // up and false returned: what the cache holds from pos on is then undefined. Sessions may call from several threads;
   // their passes take turns. Throws Error(runtime) when the logits are not finite.
   bool forward(const int32_t* tokens, int n, int pos, KvCache* cache, Logits which, float* logits,
-               const std::function<bool()>& should_stop);
+               const std::function<bool()>& should_stop, const Skipping& skipping = {});
+  // The residual stream before the first layer, [n, n_embd].
+  void embed(const int32_t* tokens, int n, int pos, float* out) const;
+  // n <= kMaxBlock rows through one layer, at positions pos, pos + 1 ...; earlier positions must have been run before.
+  void run_layer(const LayerRun& run, int n, int pos, KvCache* cache, const Skipping& skipping);
+  // Inputs of a site, and whether its matrices in this layer are all quantised (only these can skip).
+  int site_width(Site site) const;
+  bool site_quantised(int layer, Site site) const;
 
  private:
   struct Thread;
@@ -55,6 +78,8 @@ class Decoder {
     Logits which;
     float* logits;
     const std::function<bool()>* should_stop;
+    Skipping skipping;
+    const LayerRun* one = nullptr;  // a single layer instead of all
   };
 
   void decode(int tid, const Pass& pass);
@@ -72,6 +97,14 @@ class Decoder {
                    int row) const;
   void activate(float* gate, float* up, int n, float* z) const;
   void rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const;
+  // Thresholds of a site for the token at pos, or null. Decode: also those of exact zeros.
+  const float* threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const;
+  const Linear& matrix_of(int layer, Site site) const;
+  void count_kept(const Pass& pass, int layer, Site site, int kept) const;
+  // What w multiplies in decode: `in`, its columns listed where fewer are kept than the break-even.
+  Input masked(const Pass& pass, int tid, int layer, Site site, InputBuffer* in, bool selected = false) const;
+  void mask_row(const Pass& pass, int layer, Site site, int row, InputBuffer* in) const;
+  void tap(const Pass& pass, Site site, int row, const InputBuffer& in) const;
   void finish_logits(float* logits, int begin, int end);
   int first_key(int layer, int pos) const;
   const Rope& rope_of(int layer) const { return config_.window[size_t(layer)] ? rope_local_ : rope_; }
@@ -92,6 +125,7 @@ class Decoder {
   int partial_chunks_ = 0;
   AlignedBuffer<float> partial_out_, partial_max_, partial_sum_;
   WorkCounter counter_[2];
+  AlignedBuffer<float> no_threshold_;  // [n_ff] zeros, where the activation gives true zeros
   bool leave_ = false;
   std::atomic<bool> not_finite_{false};
 };

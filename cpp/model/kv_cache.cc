@@ -1,44 +1,46 @@
-// Each (layer, head) owns a contiguous stretch, so that attention streams and a growing context touches few pages.
+// A segment of one head, keys then values, is what one call of attend reads.
 #include "model/kv_cache.h"
 
 #include <cstdio>
 
 #include "kernels/table.h"
+#include "model/attention.h"
 #include "sparse_run/error.h"
 
 namespace sr {
 namespace {
 
-size_t whole_blocks(int n) { return (size_t(n) + kKeyBlock - 1) / kKeyBlock * kKeyBlock; }
+size_t segments(int n) { return (size_t(n) + kAttentionChunk - 1) / kAttentionChunk; }
 
-// Entries of the keys (and as many of the values), checked against what an address space can hold.
+// Entries of all keys and values, checked against what an address space can hold.
 size_t checked_entries(int n_layers, int n_kv_heads, int head_dim, int n_ctx) {
-  const double bytes = 4.0 * n_layers * n_kv_heads * head_dim * double(whole_blocks(n_ctx));
+  const double bytes = 4.0 * n_layers * n_kv_heads * head_dim * double(segments(n_ctx) * kAttentionChunk);
   if (bytes > double(size_t(1) << 45)) {
     char text[160];
     std::snprintf(text, sizeof text, "not enough memory for a context of %d tokens (%.1f GB): use a smaller context",
                   n_ctx, bytes / 1e9);
     throw Error(ErrorCode::budget, text);
   }
-  return size_t(n_layers) * n_kv_heads * head_dim * whole_blocks(n_ctx);
+  return size_t(bytes) / sizeof(uint16_t);
 }
 
 }  // namespace
 
 KvCache::KvCache(int n_layers, int n_kv_heads, int head_dim, int n_ctx)
     : n_layers_(n_layers), n_kv_heads_(n_kv_heads), head_dim_(head_dim), n_ctx_(n_ctx),
-      head_stride_(whole_blocks(n_ctx) * head_dim) {
-  const size_t entries = checked_entries(n_layers, n_kv_heads, head_dim, n_ctx);
-  k_.reset(entries, "the cached keys");
-  v_.reset(entries, "the cached values");
+      head_entries_(size_t(kAttentionChunk) * head_dim) {
+  data_.reset(checked_entries(n_layers, n_kv_heads, head_dim, n_ctx), "the cached keys and values");
+  prefer_huge_pages(data_.data(), data_.size() * sizeof(uint16_t));
 }
 
 void KvCache::write(int layer, int head, int pos, const float* k, const float* v, uint16_t* scratch) {
   const KernelTable& table = kernels();
   table.to_f16(k, head_dim_, scratch);
-  uint16_t* block = k_.data() + offset(layer, head) + size_t(pos / kKeyBlock) * head_dim_ * kKeyBlock + pos % kKeyBlock;
+  uint16_t* keys = data_.data() + offset(layer, head, pos / kAttentionChunk);
+  const int at = pos % kAttentionChunk;
+  uint16_t* block = keys + size_t(at / kKeyBlock) * head_dim_ * kKeyBlock + at % kKeyBlock;
   for (int d = 0; d < head_dim_; d++) block[size_t(d) * kKeyBlock] = scratch[d];
-  table.to_f16(v, head_dim_, v_.data() + offset(layer, head) + size_t(pos) * head_dim_);
+  table.to_f16(v, head_dim_, keys + head_entries_ + size_t(at) * head_dim_);
 }
 
 void KvCache::erase(int begin, int end) {
@@ -51,11 +53,8 @@ void KvCache::erase(int begin, int end) {
   }
 }
 
-size_t KvCache::bytes(int n) const { return size_t(4) * n_layers_ * n_kv_heads_ * head_dim_ * whole_blocks(n); }
+size_t KvCache::bytes(int n) const { return segments(n) * 4 * n_layers_ * n_kv_heads_ * head_entries_; }
 
-void KvCache::clear() {
-  discard_pages(k_.data(), k_.size() * sizeof(uint16_t));
-  discard_pages(v_.data(), v_.size() * sizeof(uint16_t));
-}
+void KvCache::clear() { discard_pages(data_.data(), data_.size() * sizeof(uint16_t)); }
 
 }  // namespace sr

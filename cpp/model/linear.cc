@@ -17,6 +17,27 @@ void InputBuffer::reset(int n, int width, const char* what) {
   q_.reset(total, what);
   scale_.reset(total / kSlabCols, what);
   sum_.reset(2 * (total / kSlabCols), what);
+  cols_.reset(total, what);
+  count_.reset(total / kSlabCols, what);
+}
+
+void InputBuffer::select(int i, const float* threshold, int begin, int count) {
+  const size_t at = size_t(i) * padded_ + begin;
+  kernels().select(x_.data() + at, threshold + begin, count, q_.data() + at, sum_.data() + 2 * (at / kSlabCols),
+                   cols_.data() + at, count_.data() + at / kSlabCols);
+}
+
+int InputBuffer::kept(int i) const {
+  const size_t slabs = size_t(padded_ / kSlabCols);
+  const uint8_t* count = count_.data() + i * slabs;
+  int total = 0;
+  for (size_t s = 0; s < slabs; s++) total += count[s];
+  return total;
+}
+
+ActiveColumns InputBuffer::active(int i) const {
+  const size_t at = size_t(i) * padded_;
+  return {cols_.data() + at, count_.data() + at / kSlabCols};
 }
 
 void InputBuffer::quantise(int i, int begin, int count) {
@@ -121,7 +142,8 @@ void gemv(const Linear& w, const Input& x, int tile_begin, int tile_end, float* 
   for_each_part(w, tile_begin, tile_end,
                 [&](const PanelMatrix& m, int begin, int end, int row, int row_end, size_t offset, const float* bias) {
                   if (is_quantised(m.kind)) {
-                    k.gemv_q(m, x.q, begin, end, y + offset);
+                    if (x.active.cols) k.gemv_q_cols(m, x.q, x.active, begin, end, y + offset);
+                    else k.gemv_q(m, x.q, begin, end, y + offset);
                   } else {
                     k.gemv_f(m, x.x, begin, end, y + offset);
                   }

@@ -16,6 +16,7 @@ struct Input {
   const float* x = nullptr;  // [n, ldx]
   size_t ldx = 0;
   QuantVector q;             // [n, padded columns]
+  ActiveColumns active;      // of one vector; null: all columns
 };
 
 // Room for n vectors of `width` inputs, fp32 and int8; ldx is the width padded to whole slabs.
@@ -27,6 +28,12 @@ class InputBuffer {
   void quantise(int i) { quantise(i, 0, width_); }
   void quantise(int i, int begin, int count);
   Input input(int row = 0) const;  // from this row on
+  // After quantise: keeps what exceeds its threshold [width], in the 32-aligned stretch [begin, begin + count).
+  void select(int i, const float* threshold, int begin, int count);
+  // Columns that select kept in row i, and the row's list of them.
+  int kept(int i) const;
+  ActiveColumns active(int i) const;
+  int width() const { return width_; }
 
  private:
   int width_ = 0, padded_ = 0;
@@ -34,6 +41,7 @@ class InputBuffer {
   AlignedBuffer<int8_t> q_;
   AlignedBuffer<float> scale_;
   AlignedBuffer<int32_t> sum_;
+  AlignedBuffer<uint8_t> cols_, count_;  // of select
 };
 
 struct Linear {

@@ -70,17 +70,22 @@ void Decoder::prefill(int tid, const Pass& pass) {
   const auto branch_row = [&](AlignedBuffer<float>& branch, int i) { return branch.data() + size_t(i) * b.ld_branch; };
 
   for_rows(0, [&](int i) {
-    embed_row(pass.tokens[i], pass.pos + i, x_row(i));
+    if (pass.one) std::copy_n(pass.one->x + size_t(i) * embd, embd, x_row(i));
+    else embed_row(pass.tokens[i], pass.pos + i, x_row(i));
     rope_.fill(pass.pos + i, b.rope_table.data() + size_t(i) * c.rope_dims);
     rope_local_.fill(pass.pos + i, b.rope_table_local.data() + size_t(i) * c.rope_dims);
   });
   int from = 0;  // rows before it are done: their keys and values are all that is still wanted
-  for (int l = 0; l < c.n_layers; l++) {
+  const int first_layer = pass.one ? pass.one->layer : 0, last_layer = pass.one ? first_layer + 1 : c.n_layers;
+  for (int l = first_layer; l < last_layer; l++) {
     const LayerWeights& w = weights_.layers[size_t(l)];
     const Rope& rope = rope_of(l);
     const float* tables = (&rope == &rope_ ? b.rope_table : b.rope_table_local).data();
     const bool rotate = c.rope_style != RopeStyle::none && c.rope_layers[size_t(l)];
-    for_rows(0, [&](int i) { prepare_row(w.attn_norm, x_row(i), w.attn_qkv, &b.in, i); });
+    for_rows(0, [&](int i) {
+      prepare_row(w.attn_norm, x_row(i), w.attn_qkv, &b.in, i);
+      mask_row(pass, l, Site::A, i, &b.in);
+    });
     pool_.barrier();
     multiply(w.attn_qkv, b.in, b.qkv.data(), b.ld_qkv, 0);
     pool_.barrier();
@@ -111,10 +116,11 @@ void Decoder::prefill(int tid, const Pass& pass) {
     const int blocks = (n - from + kMaxQueries - 1) / kMaxQueries;
     for_items(blocks * c.n_heads, [&](int item) { prefill_attention(t, pass, l, item, from); });
     pool_.barrier();
-    if (w.attn_o.quantised || w.attn_sub_norm) {
+    if (w.attn_o.quantised || w.attn_sub_norm || pass.one) {
       for_rows(from, [&](int i) {
         norm_row(w.attn_sub_norm, b.att.row(i), c.n_attn(), b.att.row(i));
         if (w.attn_o.quantised) b.att.quantise(i);
+        mask_row(pass, l, Site::O, i, &b.att);
       });
       pool_.barrier();
     }
@@ -123,6 +129,7 @@ void Decoder::prefill(int tid, const Pass& pass) {
 
     for_rows(from, [&](int i) {
       prepare_ffn(w, branch_row(b.branch_o, i), t.scratch.data(), x_row(i), &b.in, i);
+      mask_row(pass, l, Site::M, i, &b.in);
     });
     pool_.barrier();
     const int step = c.ffn_gated ? 2 : 1;
@@ -137,10 +144,13 @@ void Decoder::prefill(int tid, const Pass& pass) {
       }
     });
     pool_.barrier();
-    if (w.ffn_sub_norm) {
+    if (w.ffn_sub_norm || pass.one || (pass.skipping.plan && pass.skipping.mask_blocks)) {
       for_rows(from, [&](int i) {
-        norm_row(w.ffn_sub_norm, b.z.row(i), c.n_ff, b.z.row(i));
-        if (w.ffn_down.quantised) b.z.quantise(i);
+        if (w.ffn_sub_norm) {
+          norm_row(w.ffn_sub_norm, b.z.row(i), c.n_ff, b.z.row(i));
+          if (w.ffn_down.quantised) b.z.quantise(i);
+        }
+        mask_row(pass, l, Site::Z, i, &b.z);
       });
       pool_.barrier();
     }
@@ -156,6 +166,10 @@ void Decoder::prefill(int tid, const Pass& pass) {
     if (from > 0) pool_.barrier();
   }
 
+  if (pass.one) {
+    for_rows(0, [&](int i) { std::copy_n(x_row(i), embd, pass.one->out + size_t(i) * embd); });
+    return;
+  }
   const Linear& head = weights_.head();
   if (pass.which == Logits::last) {
     prepare_row(weights_.output_norm, x_row(n - 1), head, &t.in, 0);
@@ -209,8 +223,8 @@ void Decoder::prefill_attention(Thread& t, const Pass& pass, int layer, int item
     a.n_q = count;
     a.q_stride = b.ld_qkv;
     a.head_dim = hd;
-    a.k = pass.cache->k(layer, kv_head) + size_t(base) * hd;
-    a.v = pass.cache->v(layer, kv_head) + size_t(base) * hd;
+    a.k = pass.cache->k(layer, kv_head, chunk);
+    a.v = pass.cache->v(layer, kv_head, chunk);
     a.n_keys = std::min(last_pos + 1 - base, kAttentionChunk);
     a.first = firsts;
     a.last = lasts;

@@ -74,8 +74,30 @@ class Model {
 
  private:
   friend class Session;
+  friend class Sparsity;
   struct Impl;
   std::shared_ptr<Impl> impl_;
+};
+
+// Thresholds at the sites A, O, M, Z of every layer (cpp/sparse/plan.h), bound to one model.
+class Sparsity {
+ public:
+  // Positions before dense_tokens stay dense; above the density break_even a product runs dense. Throws Error(usage).
+  Sparsity(const Model& model, int dense_tokens, float break_even);
+  // site: "A", "O", "M" or "Z"; n thresholds, one for each input or one for all. Throws Error(usage).
+  void set(const std::string& site, int layer, const float* thresholds, size_t n);
+  int dense_tokens() const;
+
+ private:
+  friend class Session;
+  struct Impl;
+  std::shared_ptr<Impl> impl_;
+};
+
+// Shares of columns kept by site (A, O, M, Z), below 0 where nothing was masked, and of the layers' bytes read.
+struct Density {
+  double site[4] = {-1, -1, -1, -1};
+  double body = -1;
 };
 
 // A KV cache and the tokens in it. One thread at a time (a second one gets Error(usage)), except `cancel`.
@@ -102,6 +124,17 @@ class Session {
   const float* logits() const;
   int32_t sample(Sampler* sampler);  // from the last logits; the sampler has accepted the token
   int32_t step(Sampler* sampler);    // sample, then eval of that token
+
+  // From now on decoding skips by `sparsity` (null: dense); mask_prefill: blocks of tokens are masked as well, which
+  // gives the bits of sparse decoding at the speed of a prompt. Throws Error(usage) for another model's.
+  void set_sparsity(const Sparsity* sparsity, bool mask_prefill);
+  Density density();                 // since the last call
+  // Calibration: the stream before the first layer [n, n_embd], and one layer alone (n <= 256 rows at pos; taps: null, or
+  // four buffers [n, width] that receive the inputs of A, O, M, Z before masking). Only while no tokens are cached.
+  void embed(const int32_t* tokens, int n, float* out);
+  void run_layer(int layer, int pos, const float* x, int n, float* out, float* const* taps);
+  int n_embd() const;
+  int site_width(int site) const;
 
   void cancel();                     // makes the running or the next evaluation throw Error(cancelled)
   // Asked by the evaluating thread every 20 ms or so; true stops the evaluation as cancel does.

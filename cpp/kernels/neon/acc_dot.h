@@ -51,7 +51,7 @@ struct TileAcc {
 // h needs no instruction of its own: 16 sum h x = sum (l + 16 h) x - sum l x, exactly.
 template <>
 struct TileAcc<4> {
-  int32x4_t acc[16];  // rows 4 k .. 4 k + 3 of the first 32; then whole bytes
+  int32x4_t acc[16];  // rows 4 k .. 4 k + 3 of the first 32; then of whole bytes
   void init(int32_t start) {
     for (int k = 0; k < 8; ++k) {
       acc[k] = vdupq_n_s32(start);
@@ -60,9 +60,11 @@ struct TileAcc<4> {
   }
   void add4(const uint8_t* low, const uint8_t*, const uint32_t* off, uint32_t x4) {
     const int8x8_t x = vreinterpret_s8_u32(vdup_n_u32(x4));
+    const uint8x16x2_t a = vld1q_u8_x2(low + off[0]), b = vld1q_u8_x2(low + off[1]);
+    const uint8x16x2_t c = vld1q_u8_x2(low + off[2]), d = vld1q_u8_x2(low + off[3]);
     for (int p = 0; p < 2; ++p) {
       uint8x16_t q[4];
-      interleave4(low + 16 * p, off, q);
+      zip4(a.val[p], b.val[p], c.val[p], d.val[p], q);
       for (int m = 0; m < 4; ++m) {
         acc[4 * p + m] = dot4(acc[4 * p + m], vandq_u8(q[m], vdupq_n_u8(15)), x);
         acc[8 + 4 * p + m] = dot4(acc[8 + 4 * p + m], q[m], x);

@@ -107,7 +107,8 @@ struct TileAcc<4> {
     for (int k = 0; k < 8; ++k) acc[k] = vdupq_n_s16(int16_t(start));
   }
   void column(const uint8_t* low, int8x16_t x) {
-    const uint8x16_t a = vld1q_u8(low), b = vld1q_u8(low + 16), mask = vdupq_n_u8(15);
+    const uint8x16x2_t v = vld1q_u8_x2(low);
+    const uint8x16_t a = v.val[0], b = v.val[1], mask = vdupq_n_u8(15);
     add16(acc, vreinterpretq_s8_u8(vandq_u8(a, mask)), x);
     add16(acc + 2, vreinterpretq_s8_u8(vandq_u8(b, mask)), x);
     add16(acc + 4, vreinterpretq_s8_u8(vshrq_n_u8(a, 4)), x);

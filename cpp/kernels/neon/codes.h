@@ -28,13 +28,15 @@ SR_INLINE uint8x16_t zip_high16(uint8x16_t a, uint8x16_t b) {
 }
 
 // 16 bytes of each of four columns: q[m] holds bytes 4 m .. 4 m + 3 of each, byte after byte.
-SR_INLINE void interleave4(const uint8_t* p, const uint32_t* off, uint8x16_t q[4]) {
-  const uint8x16_t a = vld1q_u8(p + off[0]), b = vld1q_u8(p + off[1]), c = vld1q_u8(p + off[2]), d = vld1q_u8(p + off[3]);
+SR_INLINE void zip4(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d, uint8x16_t q[4]) {
   const uint8x16_t ab0 = vzip1q_u8(a, b), ab1 = vzip2q_u8(a, b), cd0 = vzip1q_u8(c, d), cd1 = vzip2q_u8(c, d);
   q[0] = zip_low16(ab0, cd0);
   q[1] = zip_high16(ab0, cd0);
   q[2] = zip_low16(ab1, cd1);
   q[3] = zip_high16(ab1, cd1);
+}
+SR_INLINE void interleave4(const uint8_t* p, const uint32_t* off, uint8x16_t q[4]) {
+  zip4(vld1q_u8(p + off[0]), vld1q_u8(p + off[1]), vld1q_u8(p + off[2]), vld1q_u8(p + off[3]), q);
 }
 // The same of 8 bytes each, into q[0] and q[1].
 SR_INLINE void interleave4_short(const uint8_t* p, const uint32_t* off, uint8x16_t q[2]) {

@@ -1,0 +1,40 @@
+// The public thresholds handle.
+#include "engine/sparsity_impl.h"
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+Site site_of(const std::string& name) {
+  for (int i = 0; i < kSites; i++)
+    if (name == kSiteNames[i]) return Site(i);
+  throw Error(ErrorCode::usage, "unknown site '" + name + "'; thresholds are for A, O, M and Z");
+}
+
+}  // namespace
+
+Sparsity::Sparsity(const Model& model, int dense_tokens, float break_even) {
+  const Decoder& d = model.impl_->decoder;
+  std::array<int, kSites> widths;
+  for (int i = 0; i < kSites; i++) widths[size_t(i)] = d.site_width(Site(i));
+  impl_ = std::shared_ptr<Impl>(
+      new Impl{model.impl_, SparsityPlan(d.config().n_layers, widths, dense_tokens, break_even)});
+}
+
+void Sparsity::set(const std::string& site, int layer, const float* thresholds, size_t n) {
+  const Site s = site_of(site);
+  if (layer < 0 || layer >= impl_->plan.n_layers()) {
+    throw Error(ErrorCode::usage, "layer " + std::to_string(layer) + " is not one of this model's " +
+                                      std::to_string(impl_->plan.n_layers()));
+  }
+  if (!impl_->model->decoder.site_quantised(layer, s)) {
+    throw Error(ErrorCode::usage, "site " + site + " of layer " + std::to_string(layer) +
+                                      " has weights in float, which are not skipped: convert the model with fewer bits "
+                                      "(sparse-run convert --bits)");
+  }
+  impl_->plan.set(layer, s, thresholds, n);
+}
+
+int Sparsity::dense_tokens() const { return impl_->plan.dense_tokens(); }
+
+}  // namespace sr

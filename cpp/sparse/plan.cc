@@ -1,0 +1,38 @@
+// Checked when set: kernels compare without looking.
+#include "sparse/plan.h"
+
+#include <string>
+
+#include "sparse_run/error.h"
+
+namespace sr {
+
+SparsityPlan::SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens, float break_even)
+    : n_layers_(n_layers),
+      dense_tokens_(dense_tokens),
+      break_even_(break_even),
+      widths_(widths),
+      thresholds_(size_t(n_layers) * kSites) {
+  if (dense_tokens < 0) throw Error(ErrorCode::usage, "dense_tokens must be 0 or more, got " + std::to_string(dense_tokens));
+  if (!(break_even >= 0 && break_even <= 1)) {
+    throw Error(ErrorCode::usage, "break_even must be from 0 to 1, got " + std::to_string(break_even));
+  }
+}
+
+void SparsityPlan::set(int layer, Site site, const float* thresholds, size_t n) {
+  const size_t width = size_t(widths_[size_t(site)]);
+  const std::string where = std::string("thresholds of site ") + kSiteNames[size_t(site)] + " in layer " +
+                            std::to_string(layer);
+  if (n != 1 && n != width) {
+    throw Error(ErrorCode::usage, where + ": " + std::to_string(n) + " values, this model needs 1 or " +
+                                      std::to_string(width) + ": was it calibrated for another model?");
+  }
+  AlignedBuffer<float> own(width, "thresholds");
+  for (size_t i = 0; i < width; i++) {
+    own[i] = thresholds[n == 1 ? 0 : i];
+    if (!(own[i] >= 0)) throw Error(ErrorCode::usage, where + " must be 0 or more, got " + std::to_string(own[i]));
+  }
+  thresholds_[size_t(layer) * kSites + size_t(site)] = std::move(own);
+}
+
+}  // namespace sr

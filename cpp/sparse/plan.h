@@ -1,0 +1,50 @@
+// Which inputs of a layer's matrices a token may leave out: thresholds by site and layer, and what they save.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+
+namespace sr {
+
+// The sites of magnitude thresholds; G, N and H choose neurons and heads, not columns.
+enum class Site : uint8_t { A, O, M, Z };
+constexpr int kSites = 4;
+constexpr const char* kSiteNames[kSites] = {"A", "O", "M", "Z"};
+
+// Immutable once built; shared by sessions.
+class SparsityPlan {
+ public:
+  // widths: inputs of each site. Positions before dense_tokens stay dense; a product whose share of kept columns is above
+  // break_even runs dense on the masked input, which gives the same bits.
+  SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens, float break_even);
+
+  int n_layers() const { return n_layers_; }
+  int width(Site site) const { return widths_[size_t(site)]; }
+  int dense_tokens() const { return dense_tokens_; }
+  float break_even() const { return break_even_; }
+  // Thresholds [width] of a site, one value repeated where n is 1. Throws Error(usage) on another n, a negative or NaN.
+  void set(int layer, Site site, const float* thresholds, size_t n);
+  // [width], or null where the site is dense.
+  const float* threshold(int layer, Site site) const {
+    const AlignedBuffer<float>& t = thresholds_[size_t(layer) * kSites + size_t(site)];
+    return t.size() ? t.data() : nullptr;
+  }
+
+ private:
+  int n_layers_, dense_tokens_;
+  float break_even_;
+  std::array<int, kSites> widths_;
+  std::vector<AlignedBuffer<float>> thresholds_;
+};
+
+// Columns kept and offered, and bytes read and held, of the vectors that a plan masked.
+struct SiteCounts {
+  std::array<std::atomic<int64_t>, kSites> kept{}, offered{};
+  std::atomic<int64_t> bytes_read{0}, bytes_held{0};
+};
+
+}  // namespace sr
