@@ -20,11 +20,11 @@ LEVEL = {
     "base": 1,
     "kernels": 2,
     "format": 2,
-    "model": 3,
     "sparse": 3,
     "flash": 3,
-    "engine": 4,
-    "bindings": 5,
+    "model": 4,
+    "engine": 5,
+    "bindings": 6,
 }
 ISA_FOLDERS = ("generic", "avx2", "avx512", "neon")
 MAX_LINES = 600
