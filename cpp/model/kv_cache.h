@@ -7,9 +7,9 @@
 
 namespace sr {
 
-// Positions are kept in segments of kAttentionChunk, each with all layers and heads side by side. A growing context takes
-// contiguous memory, so that huge pages waste next to nothing; they make attention a tenth faster at 300 and at 2000
-// positions. Room for n_ctx positions is reserved as address space; memory is used only as segments are written.
+// Positions are kept in segments of kAttentionChunk, each with all layers and heads side by side. A growing context
+// takes contiguous memory, so that huge pages waste next to nothing; they make attention a tenth faster at 300 and at
+// 2000 positions. Room for n_ctx positions is reserved as address space; memory is used as segments are written.
 class KvCache {
  public:
   // Throws Error(budget) naming the size when there is no room.
