@@ -103,7 +103,7 @@ std::string read_brand() {
 #elif SR_ARM64
 struct ArmFeature {
   const char* name;
-  int word, bit;        // Linux: AT_HWCAP (0) or AT_HWCAP2 (1); the numbers are part of its ABI, older headers lack some
+  int word, bit;        // Linux: AT_HWCAP (0) or AT_HWCAP2 (1); numbers of its ABI, of which older headers lack some
   const char* sysctl;   // macOS
 };
 constexpr ArmFeature kArmFeatures[] = {
@@ -274,7 +274,9 @@ void read_cores(CpuInfo* info, int* threads) {
   if (sysctlbyname("hw.physicalcpu", &cores, &size, nullptr, 0) == 0 && cores > 0)
     info->physical_cores = info->allowed_cores = *threads = cores;
   size = sizeof fast;  // the performance cores of Apple's own processors
-  if (sysctlbyname("hw.perflevel0.physicalcpu", &fast, &size, nullptr, 0) == 0 && fast > 0) *threads = std::min(fast, cores);
+  if (sysctlbyname("hw.perflevel0.physicalcpu", &fast, &size, nullptr, 0) == 0 && fast > 0) {
+    *threads = std::min(fast, cores);
+  }
 #endif
 }
 #endif

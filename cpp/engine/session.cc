@@ -144,7 +144,8 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
     bool whole = false;
     try {
       whole = !should_stop() &&
-              model->decoder.forward(ids + done, block, int(tokens.size()), &cache, which, out, should_stop, skipping());
+              model->decoder.forward(ids + done, block, int(tokens.size()), &cache, which, out, should_stop,
+                                     skipping());
     } catch (...) {
       count(done);
       throw;
@@ -262,7 +263,9 @@ void Session::embed(const int32_t* tokens, int n, float* out) {
 void Session::run_layer(int layer, int pos, const float* x, int n, float* out, float* const* taps) {
   InUse guard(&impl_->in_use);
   Impl& s = *impl_;
-  if (!s.tokens.empty()) throw Error(ErrorCode::usage, "single layers run only while no tokens are cached: truncate(0)");
+  if (!s.tokens.empty()) {
+    throw Error(ErrorCode::usage, "single layers run only while no tokens are cached: truncate(0)");
+  }
   if (layer < 0 || layer >= s.model->decoder.config().n_layers) {
     throw Error(ErrorCode::usage, "there is no layer " + std::to_string(layer));
   }

@@ -14,7 +14,7 @@ struct Decoder::Thread {
   AlignedBuffer<float> q;        // [heads_per_kv, at most kMaxQueries; head_dim]
   AlignedBuffer<float> k;        // [head_dim]
   AlignedBuffer<float> qk;       // [n_attn + n_kv]: q and k after a norm over all heads; empty where there is none
-  InputBuffer z;                 // 1 row of n_ff: what down multiplies after a norm of its own; empty where there is none
+  InputBuffer z;                 // 1 row of n_ff: what down multiplies after a norm of its own; else empty
   AlignedBuffer<uint16_t> half;  // [head_dim]
   AlignedBuffer<char> attend_scratch;
   // Prefill only; pages that decode never touches.
