@@ -46,6 +46,7 @@ struct Bank {  // enough copies of one matrix that nothing stays in a cache
     const size_t one = (m.total_bytes() + 4095) / 4096 * 4096;
     copies = int(std::max<size_t>(1, total / one));
     bytes.reset(one * copies, "bank");
+    prefer_huge_pages(bytes.data(), one * copies);  // as loaded weights
     std::mt19937_64 rng(1);
     for (size_t i = 0; i + 8 <= one * copies; i += 8) {
       // Any bytes are valid codes; as halves they must be finite.
@@ -105,6 +106,7 @@ int main(int argc, char** argv) {
   ThreadPool pool(threads);
   std::printf("%s, %d threads; medians of 9\n", k.name, threads);
   AlignedBuffer<uint8_t> big(size_t(512) << 20, "stream");
+  prefer_huge_pages(big.data(), size_t(512) << 20);
   for (size_t i = 0; i < size_t(512) << 20; i += 8) big.data()[i] = uint8_t(i);
   auto stream = [&] {
     const size_t share = (size_t(512) << 20) / threads;

@@ -100,7 +100,7 @@ def test_includes_go_one_way() -> None:
         ("kernels/avx2/gemv.cc", "kernels/avx512/gemv.h"),
         ("model/graph.cc", "kernels/avx2/gemv.h"),
         ("../predictors/teal/select.cc", "base/cpu_info.h"),
-        ("model/graph.cc", "sparse/mask.h"),
+        ("sparse/mask.cc", "model/graph.h"),
         ("include/sparse_run/engine.h", "base/cpu_info.h"),
         ("engine/engine.cc", "no_such_file.h"),
     ],
