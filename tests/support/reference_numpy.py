@@ -89,18 +89,22 @@ class ReferenceLlama:
             x = x + _matmul(gate / (1.0 + np.exp(-gate)) * _matmul(h, layer.up), layer.down)
         return _matmul(self._norm(x, self.final_norm), self.head)
 
-    def greedy(self, prompt: list[int], n: int) -> tuple[list[int], list[float]]:
-        """The `n` most likely tokens after the prompt, one by one, and for each the lead over the runner-up."""
+    def choices(self, prompt: list[int], tokens: list[int]) -> tuple[list[int], list[float]]:
+        """What the reference would choose greedily in place of each of `tokens`, given the prompt and those before it; and
+        for each choice its lead over the runner-up. Equal to `tokens` if and only if they are the greedy text."""
         self.reset()
-        logits = self.eval(prompt)[-1]
-        out, leads = [], []
+        logits = self.eval([*prompt, *tokens])[len(prompt) - 1 : -1]
+        top = np.partition(logits, -2, axis=-1)
+        return logits.argmax(axis=-1).tolist(), (top[:, -1] - top[:, -2]).tolist()
+
+    def greedy(self, prompt: list[int], n: int) -> list[int]:
+        """The `n` most likely tokens after the prompt, one by one: for making a new golden text."""
+        self.reset()
+        logits, out = self.eval(prompt)[-1], []
         for _ in range(n):
-            best = int(np.argmax(logits))
-            second, first = np.partition(logits, -2)[-2:]
-            out.append(best)
-            leads.append(float(first - second))
-            logits = self.eval([best])[-1]
-        return out, leads
+            out.append(int(np.argmax(logits)))
+            logits = self.eval(out[-1:])[-1]
+        return out
 
     def _norm(self, x: Array, weight: Array) -> Array:
         return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.eps) * weight
