@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from . import _core
+    from .sparsity import SparsityFile
     from .template import ChatTemplate
     from .tokenizer import Tokenizer
 
@@ -72,6 +73,7 @@ class Model:
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._idle: Session | None = None
+        self._sparsity: tuple[SparsityFile, _core.Sparsity] | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @classmethod
@@ -148,6 +150,41 @@ class Model:
                     self.tokenizer, override=self._chat_template, name=self.name
                 )
             return self._template
+
+    @property
+    def sparsity(self) -> SparsityFile | None:
+        """The sparsity file that new sessions decode with; None is dense."""
+        return self._sparsity[0] if self._sparsity is not None else None
+
+    def set_sparsity(
+        self,
+        choice: str | float | None,
+        *,
+        say: Callable[[str], object] | None = None,
+        progress: Callable[[str, float, float], None] | None = None,
+    ) -> SparsityFile | None:
+        """Sessions opened from now on decode with less weight: "off" or None, "auto", a level 0..1, the name of one of the
+        model's sparsity files, or a path. A level is calibrated on first use, which takes a while.
+
+        say: called with what "auto" decided. progress: called with (what, done, total) while a level is calibrated.
+
+        Raises UsageError for a level outside 0..1 or an unknown name, ModelError for a file of another model.
+
+        >>> model.set_sparsity(0.4)  # doctest: +SKIP
+        """
+        from .packed_header import read_header
+        from .sparsity import choose
+
+        core = self._opened()
+        found = None
+        if choice is not None and choice != "off":
+            found = choose(str(choice), read_header(self.path), core, self.tokenizer, say=say, tick=progress)
+        self._sparsity = (found, found.plan(core)) if found is not None else None
+        with self._lock:
+            idle, self._idle = self._idle, None
+        if idle is not None:
+            idle.close()
+        return found
 
     def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text. An empty text gives the beginning-of-text token, where the model has one.

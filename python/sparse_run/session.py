@@ -35,6 +35,8 @@ class Session:
 
         self.model = model
         self._core: _core.Session | None = _core.Session(model._opened(), n_ctx)
+        if model._sparsity is not None:
+            self._core.set_sparsity(model._sparsity[1])
         self._n_ctx = n_ctx
         self._on_idle = on_idle
         # Weak, so that a generation that nobody holds any more ends and frees the session.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .sparse import SparseBenchResult, bench_sparse
 from .speed import BenchResult, bench
 
-__all__ = ["BenchResult", "bench"]
+__all__ = ["BenchResult", "SparseBenchResult", "bench", "bench_sparse"]

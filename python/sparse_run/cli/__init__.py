@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "Make a packed model from GGUF or safetensors files."),
     "list": ("list_", "Show the models on this machine and those known by name."),
     "info": ("info", "Show what a model is made of."),
+    "calibrate": ("calibrate", "Find out which weights a model can skip, and write a sparsity file."),
     "bench": ("bench", "Measure prompt and decode speed."),
     "eval": ("eval", "Measure perplexity on a text."),
     "doctor": ("doctor", "Check this machine and this installation."),

@@ -6,15 +6,27 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import Progress, json_option, model_option, print_json, threads_option, verbosity_options
+from .common import (
+    Progress,
+    Work,
+    json_option,
+    model_option,
+    print_json,
+    sparsity_option,
+    threads_option,
+    verbosity_options,
+)
 
 if TYPE_CHECKING:
-    from ..bench import BenchResult
+    from pathlib import Path
+
+    from ..bench import BenchResult, SparseBenchResult
 
 
 @click.command("bench")
 @model_option
 @threads_option
+@sparsity_option
 @click.option("--prompt", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of the prompt.")
 @click.option("--gen", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded a repetition.")
 @click.option("--reps", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions of each.")
@@ -23,6 +35,7 @@ if TYPE_CHECKING:
 def command(
     model: str | None,
     threads: int | None,
+    sparsity: str | None,
     prompt: int,
     gen: int,
     reps: int,
@@ -35,8 +48,11 @@ def command(
     Evaluates random tokens: PROMPT of them at once into an empty cache, then GEN one at a time, REPS times each. Reports
     medians, the weight bytes a second that decoding reads, and the rate at which this machine can read memory at all.
 
+    --sparsity also decodes a text of the model's own, dense and sparse in turns, and reports both rates and their ratio.
+
     \b
     sparse-run bench
+    sparse-run bench --sparsity 0.5
     sparse-run bench -m model.gguf --threads 2 --prompt 256 --gen 64 --reps 5 --json
     """
     from .. import registry
@@ -44,11 +60,45 @@ def command(
 
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
+    compared = None if sparsity in (None, "off") else _sparse(path, threads, str(sparsity), gen, reps, quiet)
     result = bench(path, threads=threads, prompt=prompt, gen=gen, reps=reps)
     if as_json:
-        print_json(result.as_dict())
+        print_json({**result.as_dict(), **(compared.as_dict() if compared is not None else {})})
     else:
         click.echo(table(result))
+        if compared is not None:
+            click.echo(sparse_rows(compared))
+
+
+def _sparse(path: Path, threads: int | None, choice: str, gen: int, reps: int, quiet: bool) -> SparseBenchResult | None:
+    """Dense and sparse decoding in turns; None where `auto` decided for dense."""
+    from .. import _core
+    from ..bench import bench_sparse
+    from ..packed_header import read_header
+    from ..sparsity import choose
+    from ..tokenizer import Tokenizer
+
+    header, tokenizer = read_header(path), Tokenizer.load(path)
+    core = _core.Model(str(path), threads or 0)
+    try:
+        with Work(quiet=quiet) as work:
+            say = None if quiet else lambda text: click.echo(text, err=True)
+            file = choose(choice, header, core, tokenizer, say=say, tick=work)
+        if file is None:
+            return None
+        return bench_sparse(core, file, tokenizer.encode("The history of the city begins"), gen=gen, reps=reps)
+    finally:
+        core.close()
+
+
+def sparse_rows(r: SparseBenchResult) -> str:
+    """Sparse against dense decoding, for people."""
+    sites = ", ".join(f"{site} {share:.0%}" for site, share in r.density.items() if site != "body")
+    return (
+        f"sparsity {r.decode_sparse_median:9.1f} tok/s   {r.sparsity}: {r.sparse_ratio:.2f} times dense "
+        f"({r.decode_dense_median:.1f}) on the same text; reads {r.density.get('body', 1.0):.0%} of the layers' weights "
+        f"({sites})"
+    )
 
 
 def table(r: BenchResult) -> str:

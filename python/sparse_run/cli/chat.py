@@ -14,6 +14,7 @@ from .common import (
     model_option,
     read_text,
     sampling_options,
+    sparsity_option,
     threads_option,
     verbosity_options,
 )
@@ -39,6 +40,7 @@ from .common import (
     help="Longest answer in tokens; -1 is up to the end of the context.",
 )
 @sampling_options
+@sparsity_option
 @threads_option
 @ctx_option
 @verbosity_options
@@ -51,6 +53,7 @@ def command(
     chat_template_file: str | None,
     max_tokens: int,
     sampling: Sampling,
+    sparsity: str | None,
     threads: int | None,
     ctx_size: int | None,
     quiet: bool,
@@ -86,7 +89,9 @@ def command(
         raise UsageError("the first message is empty")
     interactive = sys.stdin is not None and sys.stdin.isatty() and file != "-"
     with (
-        load_model(model, threads=threads, ctx_size=ctx_size, quiet=quiet, chat_template=chat_template) as opened,
+        load_model(
+            model, threads=threads, ctx_size=ctx_size, quiet=quiet, chat_template=chat_template, sparsity=sparsity
+        ) as opened,
         opened.session() as session,
     ):
         conversation = Conversation(opened, session, sampling, max_tokens=max_tokens, system=system_prompt)

@@ -76,6 +76,15 @@ def json_option(function: F) -> F:
     )
 
 
+def sparsity_option(function: F) -> F:
+    """Gives the command `sparsity: str | None`."""
+    return click.option(
+        "--sparsity",
+        metavar="CHOICE",
+        help="Skip weights while decoding: a sparsity file's name or path, a level 0..1, auto, or off.  [default: off]",
+    )(function)
+
+
 def verbosity_options(function: F) -> F:
     """Gives the command `quiet: bool` and `verbose: int`, and sends the log to stderr accordingly."""
 
@@ -222,6 +231,50 @@ class Progress:
         self.close()
 
 
+class Work:
+    """Progress of long work on stderr with the time left: `work(what, done, total)`, in any unit. A redrawn line on a
+    terminal, otherwise a line every ten seconds. Nothing when quiet."""
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._quiet = quiet
+        self._terminal = not quiet and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._begin = time.monotonic()
+        self._shown = 0.0
+        self._open = False
+
+    def __call__(self, what: str, done: float, total: float) -> None:
+        now = time.monotonic()
+        if self._quiet or now - self._shown < (0.1 if self._terminal else 10.0):
+            return
+        self._shown = now
+        left = (now - self._begin) * (total - done) / done if done > 0 else 0.0
+        line = f"{what}; about {int(left) // 60}:{int(left) % 60:02d} left"
+        try:
+            self._stream.write(f"\r{line}\x1b[K" if self._terminal else f"{line}\n")
+            self._stream.flush()
+            self._open = self._terminal
+        except OSError:
+            self._quiet = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open = False
+
+
+def apply_sparsity(model: Model, choice: str | None, *, quiet: bool = False) -> None:
+    """Makes an opened model decode as --sparsity says; what `auto` decided goes to stderr."""
+    if choice is None or choice == "off":
+        return
+    with Work(quiet=quiet) as work:
+        model.set_sparsity(choice, say=None if quiet else lambda text: click.echo(text, err=True), progress=work)
+
+
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
@@ -233,12 +286,19 @@ def load_model(
     ctx_size: int | None = None,
     quiet: bool = False,
     chat_template: str | None = None,
+    sparsity: str | None = None,
 ) -> Model:
     """Finds the model (converting or downloading it where that is needed, with a bar) and opens it."""
     from ..model import Model
 
     with Progress(quiet=quiet) as progress:
-        return Model.load(model, threads=threads, ctx_size=ctx_size, chat_template=chat_template, progress=progress)
+        opened = Model.load(model, threads=threads, ctx_size=ctx_size, chat_template=chat_template, progress=progress)
+    try:
+        apply_sparsity(opened, sparsity, quiet=quiet)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
 
 def read_text(path: str) -> str:

@@ -1,11 +1,21 @@
-"""`sparse-run eval`: perplexity of a model on a text."""
+"""`sparse-run eval`: perplexity of a model on a text, what sparsity costs there, and multiple-choice tasks."""
 
 from __future__ import annotations
 
 import click
 
 from ..errors import UsageError
-from .common import Progress, json_option, model_option, print_json, read_text, threads_option, verbosity_options
+from .common import (
+    Progress,
+    Work,
+    json_option,
+    model_option,
+    print_json,
+    read_text,
+    sparsity_option,
+    threads_option,
+    verbosity_options,
+)
 
 _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on average: tokenize no more text than is scored
 
@@ -13,6 +23,7 @@ _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on averag
 @click.command("eval")
 @model_option
 @threads_option
+@sparsity_option
 @click.option("--text", "text_file", required=True, metavar="FILE", help="The text, UTF-8; - is standard input.")
 @click.option("--ctx", type=click.IntRange(min=4), default=512, show_default=True, help="Tokens of a chunk.")
 @click.option(
@@ -23,6 +34,7 @@ _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on averag
 def command(
     model: str | None,
     threads: int | None,
+    sparsity: str | None,
     text_file: str,
     ctx: int,
     chunks: int,
@@ -33,16 +45,20 @@ def command(
     """Measure perplexity: how surprised the model is by a text (lower is better).
 
     The text is cut into chunks of CTX tokens and the second half of each is scored, as llama.cpp's perplexity tool does,
-    so that figures can be compared.
+    so that figures can be compared. With --sparsity the text runs dense and sparse: the perplexity is the sparse run's, as
+    decoding gives it, and perplexity_dense, kl_mean, kl_p99, top1_agreement and density say how it differs.
 
     \b
     sparse-run eval -m model.gguf --text wiki.test.raw
     sparse-run eval -m model.gguf --text wiki.test.raw --ctx 512 --chunks 20 --json
+    sparse-run eval -m model.gguf --text wiki.test.raw --sparsity 0.4 --json
     """
     import json
 
     from .. import _core, registry
-    from ..eval import perplexity
+    from ..eval import SparseResult, compare, perplexity
+    from ..packed_header import read_header
+    from ..sparsity import choose
     from ..tokenizer import Tokenizer
 
     text = read_text(text_file).replace("\r\n", "\n").replace("\r", "\n")
@@ -56,9 +72,17 @@ def command(
         core = _core.Model(str(path), threads or 0)
         try:
             config = json.loads(core.config_json)
+            file = None
+            if sparsity is not None and sparsity != "off":
+                say = None if quiet else lambda line: click.echo(line, err=True)
+                with Work(quiet=quiet) as work:
+                    file = choose(sparsity, read_header(path), core, tokenizer, say=say, tick=work)
+            options = {"n_vocab": config["n_vocab"], "ctx": ctx, "chunks": chunks or None, "bos": bos}
             try:
-                result = perplexity(
-                    core, ids, n_vocab=config["n_vocab"], ctx=ctx, chunks=chunks or None, bos=bos, progress=progress
+                result = (
+                    perplexity(core, ids, **options, progress=progress)
+                    if file is None
+                    else compare(core, ids, file.plan(core), **options, progress=progress)
                 )
             except UsageError as error:
                 raise UsageError(f"{text_file}: {error}") from None
@@ -68,7 +92,19 @@ def command(
     if chunks and result.chunks < chunks and not quiet:
         click.echo(f"{text_file} has only {result.chunks} chunks of {ctx} tokens", err=True)
     if as_json:
-        print_json({"model": config.get("name", path.name), **result.as_dict(), "threads": used_threads, "isa": isa})
+        extra = {"sparsity": file.name} if file is not None else {}
+        found = {"model": config.get("name", path.name), **extra, **result.as_dict()}
+        print_json({**found, "threads": used_threads, "isa": isa})
+    elif isinstance(result, SparseResult):
+        sites = ", ".join(f"{site} {share:.1%}" for site, share in result.density.items() if site != "body")
+        click.echo(
+            f"perplexity {result.perplexity:.4f}   dense {result.perplexity_dense:.4f} "
+            f"({result.perplexity / result.perplexity_dense - 1:+.2%}); {result.tokens_scored} tokens in {result.chunks} "
+            f"chunks of {result.ctx}, {result.seconds:.1f} s\n"
+            f"KL {result.kl_mean:.5f} a token, 99% below {result.kl_p99:.4f}; the same first choice for "
+            f"{result.top1_agreement:.1%}\n"
+            f"reads {result.density.get('body', 1.0):.1%} of the layers' weights ({sites})"
+        )
     else:
         click.echo(
             f"perplexity {result.perplexity:.4f}   {result.tokens_scored} tokens in {result.chunks} chunks of {ctx}, "

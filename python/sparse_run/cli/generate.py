@@ -16,6 +16,7 @@ from .common import (
     print_json,
     read_text,
     sampling_options,
+    sparsity_option,
     threads_option,
     timings_line,
     verbosity_options,
@@ -45,6 +46,7 @@ from .common import (
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end tokens.")
 @sampling_options
+@sparsity_option
 @threads_option
 @ctx_option
 @json_option
@@ -59,6 +61,7 @@ def command(
     stop: tuple[str, ...],
     ignore_eos: bool,
     sampling: Sampling,
+    sparsity: str | None,
     threads: int | None,
     ctx_size: int | None,
     as_json: bool,
@@ -84,7 +87,10 @@ def command(
     text = prompt if prompt is not None else read_text(file or "-")
     if chat and not text.strip():
         raise UsageError("the prompt is empty")
-    with load_model(model, threads=threads, ctx_size=ctx_size, quiet=quiet) as opened, opened.session() as session:
+    with (
+        load_model(model, threads=threads, ctx_size=ctx_size, quiet=quiet, sparsity=sparsity) as opened,
+        opened.session() as session,
+    ):
         limit = None if max_tokens < 0 else max_tokens
         if chat:
             turns = [{"role": "user", "content": text}]

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .perplexity import PerplexityResult, perplexity
+from .sparse import SparseResult, compare
 
-__all__ = ["PerplexityResult", "perplexity"]
+__all__ = ["PerplexityResult", "SparseResult", "compare", "perplexity"]

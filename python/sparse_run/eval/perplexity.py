@@ -59,24 +59,12 @@ def perplexity(
     Raises:
         UsageError: `ctx` is too small or the text shorter than one chunk. Error: a logit is not a finite number.
     """
-    import numpy as np
-
     from .. import _core
 
-    if ctx < 4:
-        raise UsageError(f"a context of {ctx} tokens is too small to score; use at least 4")
-    if chunks is not None and chunks < 1:
-        raise UsageError(f"the number of chunks must be at least 1, not {chunks}")
-    count = len(tokens) // ctx if chunks is None else min(chunks, len(tokens) // ctx)
-    if count == 0:
-        raise UsageError(
-            f"the text has only {len(tokens)} tokens, but one chunk needs {ctx}; use a longer text or a smaller --ctx"
-        )
-    ids = np.asarray(tokens[: count * ctx], dtype=np.int32).reshape(count, ctx)
-    if bos is not None:
-        ids[:, 0] = bos
+    ids = cut_chunks(tokens, ctx=ctx, chunks=chunks, bos=bos)
+    count = len(ids)
     first = ctx // 2
-    rows = max(1, min(256, _LOGIT_BYTES // (4 * n_vocab)))
+    rows = rows_at_a_time(n_vocab)
     session = _core.Session(model, ctx)
     nll, scored = 0.0, 0
     start = time.perf_counter()
@@ -107,6 +95,30 @@ def perplexity(
         chunks=count,
         seconds=time.perf_counter() - start,
     )
+
+
+def cut_chunks(tokens: Sequence[int], *, ctx: int, chunks: int | None, bos: int | None) -> NDArray[np.int32]:
+    """The tokens that are evaluated, [chunks, ctx]; arguments and errors as for `perplexity`."""
+    import numpy as np
+
+    if ctx < 4:
+        raise UsageError(f"a context of {ctx} tokens is too small to score; use at least 4")
+    if chunks is not None and chunks < 1:
+        raise UsageError(f"the number of chunks must be at least 1, not {chunks}")
+    count = len(tokens) // ctx if chunks is None else min(chunks, len(tokens) // ctx)
+    if count == 0:
+        raise UsageError(
+            f"the text has only {len(tokens)} tokens, but one chunk needs {ctx}; use a longer text or a smaller --ctx"
+        )
+    ids = np.asarray(tokens[: count * ctx], dtype=np.int32).reshape(count, ctx)
+    if bos is not None:
+        ids[:, 0] = bos
+    return ids
+
+
+def rows_at_a_time(n_vocab: int) -> int:
+    """How many rows of logits are computed together."""
+    return max(1, min(256, _LOGIT_BYTES // (4 * n_vocab)))
 
 
 def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> float:

@@ -1,0 +1,1 @@
+"""What several methods share offline: corpora, activations of single layers, allocation of levels."""
