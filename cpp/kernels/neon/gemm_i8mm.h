@@ -51,15 +51,14 @@ void i8mm_block(const PanelMatrix& w, const QuantVector& x, int first, int last,
       const size_t at = size_t(s * kParts + p) * kTileRows;
       float32x4_t x_scale[NP], x_sum[NP];
       for (int t = 0; t < NP; ++t) {
-        float f[4];
-        for (int k = 0; k < 2; ++k) {
-          const int32_t* sum = sums[2 * t + k] + 2 * s;
-          f[k] = xs[2 * t + k][s];
-          f[2 + k] = f[k] * float(kParts == 1 ? sum[0] + sum[1] : sum[p]);
-        }
-        const float32x4_t both = vld1q_f32(f);
-        x_scale[t] = vcombine_f32(vget_low_f32(both), vget_low_f32(both));
-        x_sum[t] = vcombine_f32(vget_high_f32(both), vget_high_f32(both));
+        const float32x2_t f = vld1_lane_f32(xs[2 * t + 1] + s, vld1_dup_f32(xs[2 * t] + s), 1);
+        x_scale[t] = vcombine_f32(f, f);
+        if (!MIN) continue;
+        const int32_t *a = sums[2 * t] + 2 * s, *b = sums[2 * t + 1] + 2 * s;
+        const int32x2_t sum = kParts == 1 ? vpadd_s32(vld1_s32(a), vld1_s32(b))
+                                          : vld1_lane_s32(b + p, vld1_dup_s32(a + p), 1);
+        const float32x2_t product = vmul_f32(f, vcvt_f32_s32(sum));
+        x_sum[t] = vcombine_f32(product, product);
       }
       for (int r = 0; r < R; ++r) {
         const float32x2_t sc = vld1_f32(scale + at + 2 * r);
