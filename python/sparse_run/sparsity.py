@@ -300,7 +300,7 @@ def choose(
             return load(path, header)
         except ModelError:
             pass  # of an older version, or damaged: it is only a cache, and made again
-    fit = Fit(model, tokenizer, header, Options(tokens=8192), tick=tick)
+    fit = Fit(model, tokenizer, header, Options(tokens=4096, eval_tokens=1024), tick=tick)
     file = fit.file("uniform", level, measure=False)
     save(file, path)
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ..errors import UsageError
+from ..eval.choice import TASKS
 from .common import (
     Progress,
     Work,
@@ -24,7 +25,10 @@ _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on averag
 @model_option
 @threads_option
 @sparsity_option
-@click.option("--text", "text_file", required=True, metavar="FILE", help="The text, UTF-8; - is standard input.")
+@click.option("--text", "text_file", metavar="FILE", help="The text, UTF-8; - is standard input.")
+@click.option("--task", type=click.Choice(TASKS), help="Answer multiple-choice questions instead of scoring a text.")
+@click.option("--data", metavar="FILE", help="The task's questions, JSON lines (hellaswag: also its text form).")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N questions only.")
 @click.option("--ctx", type=click.IntRange(min=4), default=512, show_default=True, help="Tokens of a chunk.")
 @click.option(
     "--chunks", type=click.IntRange(min=0), default=20, show_default=True, help="Chunks to score; 0 is the whole text."
@@ -35,7 +39,10 @@ def command(
     model: str | None,
     threads: int | None,
     sparsity: str | None,
-    text_file: str,
+    text_file: str | None,
+    task: str | None,
+    data: str | None,
+    limit: int | None,
     ctx: int,
     chunks: int,
     as_json: bool,
@@ -52,6 +59,7 @@ def command(
     sparse-run eval -m model.gguf --text wiki.test.raw
     sparse-run eval -m model.gguf --text wiki.test.raw --ctx 512 --chunks 20 --json
     sparse-run eval -m model.gguf --text wiki.test.raw --sparsity 0.4 --json
+    sparse-run eval -m model.gguf --task piqa --data piqa.jsonl --sparsity 0.4
     """
     import json
 
@@ -61,6 +69,12 @@ def command(
     from ..sparsity import choose
     from ..tokenizer import Tokenizer
 
+    if (task is None) == (text_file is None):
+        raise click.UsageError("give --text FILE to measure perplexity, or --task NAME with --data FILE")
+    if task is not None:
+        _task(model, threads, sparsity, task, data, limit, as_json=as_json, quiet=quiet)
+        return
+    assert text_file is not None
     text = read_text(text_file).replace("\r\n", "\n").replace("\r", "\n")
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
@@ -109,4 +123,59 @@ def command(
         click.echo(
             f"perplexity {result.perplexity:.4f}   {result.tokens_scored} tokens in {result.chunks} chunks of {ctx}, "
             f"{result.seconds:.1f} s"
+        )
+
+
+def _task(
+    model: str | None,
+    threads: int | None,
+    sparsity: str | None,
+    task: str,
+    data: str | None,
+    limit: int | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Answers the questions of a task, dense or sparse."""
+    import json
+
+    from .. import _core, registry
+    from ..eval.choice import read_questions, score
+    from ..packed_header import read_header
+    from ..sparsity import choose
+    from ..tokenizer import Tokenizer
+
+    if data is None:
+        raise click.UsageError("--task needs its questions: --data FILE")
+    questions = read_questions(data, task, limit)
+    with Progress(quiet=quiet) as progress:
+        path = registry.resolve(model, progress=progress)
+        tokenizer = Tokenizer.load(path)
+        core = _core.Model(str(path), threads or 0)
+        try:
+            config = json.loads(core.config_json)
+            file = None
+            if sparsity is not None and sparsity != "off":
+                say = None if quiet else lambda line: click.echo(line, err=True)
+                with Work(quiet=quiet) as work:
+                    file = choose(sparsity, read_header(path), core, tokenizer, say=say, tick=work)
+            result = score(
+                core,
+                tokenizer,
+                questions,
+                task=task,
+                n_ctx=min(1024, config["n_ctx_train"]),
+                plan=file.plan(core) if file is not None else None,
+                progress=progress,
+            )
+        finally:
+            core.close()
+    extra = {"sparsity": file.name} if file is not None else {}
+    if as_json:
+        print_json({"model": config.get("name", path.name), **extra, **result.as_dict()})
+    else:
+        click.echo(
+            f"{task} {result.accuracy:.1%} +- {result.stderr:.1%} by likelihood per byte, {result.accuracy_raw:.1%} by "
+            f"likelihood; {result.questions} questions, {result.seconds:.1f} s"
         )
