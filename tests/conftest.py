@@ -68,19 +68,36 @@ def shared_dir() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def smollm2_gguf(shared_dir: Path) -> Path:
-    """SmolLM2-135M-Instruct in Q4_1, fetched once into the user's cache."""
+def fetched(shared_dir: Path, name: str) -> Path:
+    """A real model, fetched once into the user's cache."""
     script = shared_dir / "models" / "fetch_models.sh"
     try:
         done = subprocess.run(
-            ["bash", str(script), str(_CACHE), "smollm2"], check=False, capture_output=True, text=True, timeout=600
+            ["bash", str(script), str(_CACHE), name], check=False, capture_output=True, text=True, timeout=600
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        unavailable(f"SmolLM2 cannot be fetched: {error}")
+        unavailable(f"{name} cannot be fetched: {error}")
     if done.returncode:
-        unavailable(f"SmolLM2 cannot be fetched (offline?): {done.stderr.strip()[-300:]}")
+        unavailable(f"{name} cannot be fetched (offline?): {done.stderr.strip()[-300:]}")
     return Path(done.stdout.split("\n")[0])
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(shared_dir: Path) -> Path:
+    """SmolLM2-135M-Instruct in Q4_1."""
+    return fetched(shared_dir, "smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf(shared_dir: Path) -> Path:
+    """Gemma 3 270M, the base model, in Q4_K_M."""
+    return fetched(shared_dir, "gemma3")
+
+
+@pytest.fixture(scope="session")
+def gemma3_packed(gemma3_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed directory of Gemma 3 270M."""
+    return pack(gemma3_gguf, tmp_path_factory.mktemp("gemma3"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -229,19 +229,37 @@ class _SentencePieceBackend:
         special = config.get("special_tokens")
         self._special: dict[str, int] = special if isinstance(special, dict) else {}
         self._special_ids = set(self._special.values())
+        # Gemma has 6,000 control tokens, nearly all of which begin with "<": they are looked up where one may begin.
+        self._lengths: dict[str, list[int]] = {}
+        for name in filter(None, self._special):
+            lengths = self._lengths.setdefault(name[0], [])
+            if len(name) not in lengths:
+                lengths.append(len(name))
+        for lengths in self._lengths.values():
+            lengths.sort(reverse=True)
+        self._starts = re.compile("[" + "".join(map(re.escape, self._lengths)) + "]") if self._lengths else None
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
-        present = [name for name in self._special if name in text] if parse_special else []
-        if not present:
-            return self._plain(text)
-        present.sort(key=len, reverse=True)
         ids: list[int] = []
-        for part in re.split(f"({'|'.join(map(re.escape, present))})", text):
-            if part in self._special:
-                ids.append(self._special[part])
-            elif part:
-                ids += self._plain(part)
-        return ids
+        at = 0
+        for begin, end in self._special_spans(text) if parse_special else ():
+            if begin > at:
+                ids += self._plain(text[at:begin])
+            ids.append(self._special[text[begin:end]])
+            at = end
+        return ids + self._plain(text[at:]) if at < len(text) else ids
+
+    def _special_spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where control tokens stand, from left to right, the longest where several begin."""
+        at = 0
+        for start in self._starts.finditer(text) if self._starts is not None else ():
+            begin = start.start()
+            if begin < at:
+                continue
+            length = next((n for n in self._lengths[text[begin]] if text[begin : begin + n] in self._special), 0)
+            if length:
+                at = begin + length
+                yield begin, at
 
     def _plain(self, text: str) -> list[int]:
         # U+2581 in the text itself means a space to the library; every SentencePiece tokenizer has that flaw.
