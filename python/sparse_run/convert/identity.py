@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import ModelError
 
 # Part of every key: a change of what the converter writes makes all conversions anew.
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 _EDGE = 1 << 20
 _CHUNK = 1 << 22
 
