@@ -38,6 +38,11 @@ std::string both(const char* text, const A& a, const B& b) {
   out << "not equal: " << text << ": " << a << " and " << b;
   return out.str();
 }
+// A function, so that temporaries in the operands live until they are compared.
+template <class A, class B>
+void check_equal(const char* file, int line, const char* text, const A& a, const B& b) {
+  if (!(a == b)) fail(file, line, both(text, a, b));
+}
 
 }  // namespace sr_test
 
@@ -52,12 +57,7 @@ std::string both(const char* text, const A& a, const B& b) {
   do {                                                                           \
     if (!(cond)) sr_test::fail(__FILE__, __LINE__, "failed: " #cond);            \
   } while (0)
-#define CHECK_EQ(a, b)                                                                                       \
-  do {                                                                                                       \
-    const auto& check_a = (a);                                                                               \
-    const auto& check_b = (b);                                                                               \
-    if (!(check_a == check_b)) sr_test::fail(__FILE__, __LINE__, sr_test::both(#a ", " #b, check_a, check_b)); \
-  } while (0)
+#define CHECK_EQ(a, b) sr_test::check_equal(__FILE__, __LINE__, #a ", " #b, (a), (b))
 // |a - b| <= tol; NaN fails.
 #define CHECK_NEAR(a, b, tol)                                                                                \
   do {                                                                                                       \
