@@ -1,0 +1,55 @@
+"""Multiple choice on a real model: each answer's likelihood is that of the whole text, computed in one piece."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from sparse_run import _core
+from sparse_run.eval.choice import read_questions, score
+from sparse_run.eval.sparse import log_softmax
+from sparse_run.packed_header import SITES, read_header
+from sparse_run.tokenizer import Tokenizer
+
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_scores_are_those_of_whole_texts(smollm2_packed: Path, shared_dir: Path) -> None:
+    header, tokenizer = read_header(smollm2_packed), Tokenizer.load(smollm2_packed)
+    model = _core.Model(str(smollm2_packed), 2)
+    plan = _core.Sparsity(
+        model, {site: [np.full(1, 0.05, np.float32)] * header.n_layers for site in SITES}, dense_tokens=4
+    )
+    for task in ("arc_easy", "winogrande"):
+        questions = read_questions(shared_dir / "data" / "choice" / f"{task}.jsonl", task, 3)
+        for used in (None, plan):
+            result = score(model, tokenizer, questions, task=task, n_ctx=512, plan=used)
+            expected = []
+            for q in questions:
+                per_byte = []
+                for context, ending in zip(q.contexts, q.endings, strict=True):
+                    session = _core.Session(model, 512)
+                    session.set_sparsity(used, mask_prefill=True)
+                    ids = tokenizer.encode(context + ending, parse_special=False)
+                    begin = len(tokenizer.encode(context, parse_special=False))
+                    logits = session.eval_all(np.asarray(ids, np.int32))
+                    total = sum(float(log_softmax(logits[i - 1])[ids[i]]) for i in range(begin, len(ids)))
+                    per_byte.append(total / len(ending.strip().removeprefix("Answer: ").encode()))
+                expected.append(int(np.argmax(per_byte)))
+            assert result.choices == expected
+            assert result.accuracy == np.mean([c == q.gold for c, q in zip(expected, questions, strict=True)])
+    model.close()
+
+
+def test_task_on_the_command_line(smollm2_packed: Path, shared_dir: Path, run_cli: RunCli) -> None:
+    data = shared_dir / "data" / "choice" / "arc_easy.jsonl"
+    done = run_cli("eval", "-m", smollm2_packed, "--task", "arc_easy", "--data", data, "--limit", 12, "--json")
+    assert done.returncode == 0, done.stderr
+    r = json.loads(done.stdout)
+    assert r["task"] == "arc_easy" and r["questions"] == len(r["choices"]) == 12
+    assert r["accuracy"] >= 0.4, "guessing gives 0.25"
+    for words in (("--task", "piqa"), (), ("--task", "piqa", "--text", data, "--data", data)):
+        assert run_cli("eval", "-m", smollm2_packed, *words).returncode == 2
