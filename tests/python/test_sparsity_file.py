@@ -17,6 +17,7 @@ from sparse_run.errors import ModelError, UsageError
 from sparse_run.eval.choice import read_questions
 from sparse_run.packed_header import SITES, PackedHeader, read_header
 from sparse_run.predictors.common.allocate import MAX_LEVEL, STEP, along_path, convex_curve, equal_marginal_cost
+from sparse_run.predictors.teal.fit import Fit
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -266,3 +267,24 @@ class TestQuestions:
             path.write_text(text, "utf-8")
             with pytest.raises(UsageError, match=wanted):
                 read_questions(path, "piqa")
+
+
+@pytest.mark.parametrize(("factor", "power"), [(6, 3), (0.2, 3), (1, 2), (50, 4)])
+def test_search_for_a_budget(monkeypatch: pytest.MonkeyPatch, factor: float, power: float) -> None:
+    """On curves whose answer is known, from slightly better than dense on: close below the budget, in few measurements."""
+    measured: list[float] = []
+
+    def increase(self: Fit, allocation: str, target: float) -> float:
+        measured.append(target)
+        self._increases[allocation, target] = factor * target**power - 0.002
+        return self._increases[allocation, target]
+
+    monkeypatch.setattr(Fit, "increase", increase)
+    monkeypatch.setattr(Fit, "levels", lambda *_: None)
+    fit = Fit.__new__(Fit)
+    fit._increases = {}
+    for budget in (0.005, 0.01, 0.02, 0.05):
+        measured.clear()
+        level = fit.search("global", budget)
+        ideal = min(MAX_LEVEL, ((budget + 0.002) / factor) ** (1 / power))
+        assert ideal - 0.011 <= level <= ideal and len(measured) <= 7
