@@ -133,8 +133,8 @@ def hf_rope(
     older = fields.get("rope_scaling", {})
     if not isinstance(older, dict):
         raise fields.fail("rope_scaling", "is not an object")
-    if scaled:
-        values = {**older, **values}
+    if scaled and older:
+        values = older if layers is None else {**values, **older}
     inner = Fields(values, fields.where)
     theta = inner.number("rope_theta", fields.number(old_theta, theta, low=1.0), low=1.0)
     part = inner.number("partial_rotary_factor", fields.number("partial_rotary_factor", partial, high=1.0), high=1.0)

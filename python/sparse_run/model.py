@@ -90,7 +90,8 @@ class Model:
         model, which is downloaded on first use.
 
         threads: computing threads; None is the physical cores this process may use. ctx_size: context window in tokens;
-        None is the model's own, at most 4096. chat_template: Jinja text, "chatml" or "plain", instead of the checkpoint's.
+        None is the model's own, at most 4096. chat_template: Jinja text, or "chatml", "gemma", "llama3", "phi3", "plain", instead of
+        the checkpoint's.
         progress: called with (what, done, total) in bytes while a conversion or a download runs.
 
         Raises ModelError where the model is missing, damaged or of an unsupported kind; UsageError for impossible options.

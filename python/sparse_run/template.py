@@ -27,7 +27,38 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
+# Formats of families whose base models have the tokens but no template.
+_SYSTEM_FIRST = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}" + _SYSTEM_FIRST + "{% for message in turns %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{{ (system if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+BUILT_IN = {"chatml": CHATML, "gemma": GEMMA, "llama3": LLAMA3, "phi3": PHI3, "plain": PLAIN}
+# Which format a vocabulary is made for: the first whose tokens it has.
+_MARKS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
+}
 
 _LARGEST = 1 << 24  # characters or elements that one operator of a template may make
 
@@ -76,12 +107,12 @@ class ChatTemplate:
     def for_tokenizer(
         cls, tokenizer: Tokenizer, *, override: str | None = None, name: str = "the model"
     ) -> ChatTemplate:
-        """The template to use with a tokenizer: `override` (Jinja text, or "chatml" or "plain"), else the checkpoint's own,
-        else ChatML where the vocabulary has its tokens, else a plain transcript."""
+        """The template to use with a tokenizer: `override` (Jinja text, or a name of BUILT_IN), else the checkpoint's own,
+        else that of the family whose tokens the vocabulary has, else a plain transcript."""
         source = override or tokenizer.chat_template
         if source is None:
-            chatml = tokenizer.find("<|im_start|>") is not None and tokenizer.find("<|im_end|>") is not None
-            source = "chatml" if chatml else "plain"
+            fits = (name for name, marks in _MARKS.items() if all(tokenizer.find(m) is not None for m in marks))
+            source = next(fits, "plain")
         variables = {
             "bos_token": tokenizer.token_text(tokenizer.bos_id),
             "eos_token": tokenizer.token_text(next(iter(tokenizer.eos_ids), None)),

@@ -27,7 +27,7 @@ from .common import (
     "-f", "--file", metavar="FILE", help="First message from a file, after that of -p; - is the whole of stdin."
 )
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="System prompt.")
-@click.option("--chat-template", metavar="NAME", help="chatml or plain, instead of the model's own template.")
+@click.option("--chat-template", metavar="NAME", help="chatml, gemma, llama3, phi3 or plain, instead of the model's own template.")
 @click.option("--chat-template-file", metavar="FILE", help="A Jinja file, instead of the model's own template.")
 @click.option(
     "-n",

@@ -61,7 +61,7 @@ def open_hf(directory: Path) -> Iterator[Checkpoint]:
             positions_offset=architecture.hf_positions_offset,
             tensors=tensors,
             about={"name": directory.resolve().name},
-            tokenizer=partial(_export_tokenizer, directory),
+            tokenizer=partial(_export_tokenizer, directory, decoder.config["n_vocab"]),
         )
 
 
@@ -139,7 +139,7 @@ def _tensor(file: SafetensorsFile, tensor: SafetensorsTensor) -> CheckpointTenso
     )
 
 
-def _export_tokenizer(source: Path, directory: Path) -> None:
+def _export_tokenizer(source: Path, n_vocab: int, directory: Path) -> None:
     from ..tokenizer import export_hf
 
-    export_hf(source, directory)
+    export_hf(source, directory, n_vocab)

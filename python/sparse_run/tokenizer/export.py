@@ -24,6 +24,7 @@ from .sentencepiece_model import (
     Piece,
     read_model,
     write_model,
+    write_pieces,
 )
 from .tokenizer import CONFIG_FILE, JSON_FILE, SENTENCEPIECE_FILE
 
@@ -50,6 +51,9 @@ END_OF_TURN = (
     "<｜end▁of▁sentence｜>",
     "[|endofturn|]",
 )
+
+
+_MOST_ADDED = 1 << 16  # tokens beside a SentencePiece model; more can only be damage
 
 
 def export_gguf(metadata: Mapping[str, Any], out_dir: str | Path) -> None:
@@ -224,32 +228,46 @@ def _write_sentencepiece(
     (out / SENTENCEPIECE_FILE).write_bytes(data)
 
 
-def export_hf(src_dir: str | Path, out_dir: str | Path) -> None:
+def export_hf(src_dir: str | Path, out_dir: str | Path, n_vocab: int | None = None) -> None:
     """Takes the tokenizer of a Hugging Face folder over into `out_dir`: `tokenizer.json`, else `tokenizer.model`; ids, flags
-    and template from tokenizer_config.json, generation_config.json, config.json and chat_template.jinja.
+    and template from tokenizer_config.json, added_tokens.json, generation_config.json, config.json and chat_template.jinja.
 
-    Raises ModelError where there is no tokenizer or one that is damaged, UnsupportedModelError for other kinds."""
+    `n_vocab` is the height of the model's embedding: tokens that were added beyond it (Gemma's for images) are left out.
+    Raises ModelError where there is no tokenizer, one that is damaged or too large for the model, UnsupportedModelError for
+    other kinds."""
     src, out = Path(src_dir), Path(out_dir)
     described = _read_json(src / "tokenizer_config.json")
     config: dict[str, Any] = {"tokenizer": described.get("tokenizer_class")}
     if (src / JSON_FILE).is_file():
-        own = _take_json(src / JSON_FILE, out, described, config)
+        own = _take_json(src / JSON_FILE, out, described, config, n_vocab)
     elif (src / SENTENCEPIECE_FILE).is_file():
-        own = _take_sentencepiece(src / SENTENCEPIECE_FILE, out, described, config)
+        own = _take_sentencepiece(src / SENTENCEPIECE_FILE, out, described, config, n_vocab)
     else:
         raise ModelError(f"{src}: no tokenizer; the folder needs {JSON_FILE} or {SENTENCEPIECE_FILE}")
     ends: list[int | None] = [own.get(_content(described.get("eos_token")))]
-    for file in ("generation_config.json", "config.json"):
-        value = _read_json(src / file).get("eos_token_id")
-        ends += [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
-    config["eos_token_ids"] = _end_ids(ends, own)
+    ends += config.get("eos_token_ids", [])
+    for described_ends in (_read_json(src / "generation_config.json"), _read_json(src / "config.json")):
+        for holder in (described_ends, described_ends.get("text_config")):
+            value = holder.get("eos_token_id") if isinstance(holder, dict) else None
+            ends += [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
+    config["eos_token_ids"] = [t for t in _end_ids(ends, own) if n_vocab is None or 0 <= t < n_vocab]
     template = _hf_template(src, described)
     if template:
         config["chat_template"] = template
     _write_json(out / CONFIG_FILE, config)
 
 
-def _take_json(path: Path, out: Path, described: Mapping[str, Any], config: dict[str, Any]) -> dict[str, int]:
+def _need_room(path: Path, tokens: int, n_vocab: int | None) -> None:
+    if n_vocab is not None and tokens > n_vocab:
+        raise ModelError(
+            f"{path}: the tokenizer has {tokens} tokens, but the model's embedding {n_vocab}; they do not belong together, "
+            "fetch the folder again"
+        )
+
+
+def _take_json(
+    path: Path, out: Path, described: Mapping[str, Any], config: dict[str, Any], n_vocab: int | None
+) -> dict[str, int]:
     import tokenizers
 
     try:
@@ -258,10 +276,18 @@ def _take_json(path: Path, out: Path, described: Mapping[str, Any], config: dict
         raise ModelError(f"{path}: damaged tokenizer ({error}); fetch the file again") from None
     if isinstance(built.model, (tokenizers.models.WordPiece, tokenizers.models.WordLevel)):
         raise UnsupportedModelError(f"{path}: tokenizers of kind {type(built.model).__name__} are not supported")
-    _copy(path, out / JSON_FILE)
+    added = built.get_added_tokens_decoder()
+    _need_room(path, built.get_vocab_size(with_added_tokens=False), n_vocab)
+    if n_vocab is not None and any(token >= n_vocab for token in added):
+        content = json.loads(path.read_bytes())
+        content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["id"] < n_vocab]
+        (out / JSON_FILE).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        added = {token: entry for token, entry in added.items() if token < n_vocab}
+    else:
+        _copy(path, out / JSON_FILE)
     built.no_truncation()
     built.no_padding()
-    own = {added.content: token for token, added in built.get_added_tokens_decoder().items()}
+    own = {entry.content: token for token, entry in added.items()}
     bos = own.get(_content(described.get("bos_token")))
     # The post-processor says what is put around a text; Llama's classes make one from the configuration.
     bare, dressed = built.encode("a", add_special_tokens=False).ids, built.encode("a", add_special_tokens=True).ids
@@ -281,20 +307,30 @@ def _take_json(path: Path, out: Path, described: Mapping[str, Any], config: dict
     return own
 
 
-def _take_sentencepiece(path: Path, out: Path, described: Mapping[str, Any], config: dict[str, Any]) -> dict[str, int]:
+def _take_sentencepiece(
+    path: Path, out: Path, described: Mapping[str, Any], config: dict[str, Any], n_vocab: int | None
+) -> dict[str, int]:
     facts = read_model(path.read_bytes(), str(path))
     if facts.remove_extra_whitespaces:
         raise UnsupportedModelError(f"{path}: a SentencePiece model that squeezes spaces is not supported")
-    _copy(path, out / SENTENCEPIECE_FILE)
+    _need_room(path, len(facts.pieces), n_vocab)
     own = {piece.text: i for i, piece in enumerate(facts.pieces) if piece.kind in (CONTROL, USER_DEFINED)}
     special = {piece.text: i for i, piece in enumerate(facts.pieces) if piece.kind == CONTROL}
-    added = described.get("added_tokens_decoder")
-    for token, entry in (added if isinstance(added, dict) else {}).items():
-        text = _content(entry)
-        if text and token.isdigit() and int(token) < len(facts.pieces):
-            own[text] = int(token)
-            if entry.get("special"):
-                special[text] = int(token)
+    beyond: dict[int, Piece] = {}
+    for token, (text, is_special) in _added_tokens(path.parent, described).items():
+        if n_vocab is not None and token >= n_vocab:
+            continue
+        own[text] = token
+        if is_special:
+            special[text] = token
+        if token >= len(facts.pieces):
+            beyond[token] = Piece(text.replace(" ", SPACE), 0.0, CONTROL if is_special else USER_DEFINED)
+    last = min(max(beyond, default=0), len(facts.pieces) + _MOST_ADDED)
+    more = [beyond.get(i, Piece(f"[UNUSED_{i}]", 0.0, UNUSED)) for i in range(len(facts.pieces), last + 1)]
+    if more:
+        (out / SENTENCEPIECE_FILE).write_bytes(path.read_bytes() + write_pieces(more))
+    else:
+        _copy(path, out / SENTENCEPIECE_FILE)
     bos = own.get(_content(described.get("bos_token")), facts.bos if facts.bos >= 0 else None)
     config["bos_token_id"] = bos
     config["add_bos"] = bool(described.get("add_bos_token", True)) and bos is not None
@@ -307,6 +343,20 @@ def _take_sentencepiece(path: Path, out: Path, described: Mapping[str, Any], con
     return own
 
 
+def _added_tokens(folder: Path, described: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
+    """Tokens that stand beside a SentencePiece model: id to text, and whether they are control tokens."""
+    tokens: dict[int, tuple[str, bool]] = {}
+    for text, token in _read_json(folder / "added_tokens.json").items():
+        if isinstance(token, int) and token >= 0 and text:
+            tokens[token] = (text, False)
+    added = described.get("added_tokens_decoder")
+    for key, entry in (added if isinstance(added, dict) else {}).items():
+        text = _content(entry)
+        if text and key.isdigit():
+            tokens[int(key)] = (text, bool(entry.get("special")))
+    return tokens
+
+
 def _content(entry: Any) -> str:
     """The text of a token entry of tokenizer_config.json: a text, or an object with `content`."""
     value = entry.get("content") if isinstance(entry, dict) else entry
@@ -317,7 +367,7 @@ def _hf_template(src: Path, described: Mapping[str, Any]) -> str | None:
     file = src / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = described.get("chat_template")
+    template = described.get("chat_template") or _read_json(src / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # named templates
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default") or next(iter(named.values()), None)

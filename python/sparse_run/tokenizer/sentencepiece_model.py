@@ -49,12 +49,7 @@ def _field(number: int, value: int | bytes) -> bytes:
 
 def write_model(pieces: Sequence[Piece], *, unk: int, bos: int, eos: int, pad: int) -> bytes:
     """A BPE model with these pieces, identity normalisation, no dummy prefix and no squeezing of spaces. Ids of -1: none."""
-    out = bytearray()
-    for piece in pieces:
-        body = _field(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score)
-        if piece.kind != NORMAL:
-            body += _field(3, piece.kind)
-        out += b"\x0a" + _varint(len(body)) + body
+    out = write_pieces(pieces)
     trainer = _field(3, _MODEL_TYPE_BPE) + _field(4, len(pieces))
     if any(piece.kind == BYTE for piece in pieces):
         trainer += _field(35, 1)
@@ -65,7 +60,18 @@ def write_model(pieces: Sequence[Piece], *, unk: int, bos: int, eos: int, pad: i
         if 0 <= token < len(pieces):
             trainer += _field(number, pieces[token].text.encode())
     normalizer = _field(1, b"identity") + _field(3, 0) + _field(4, 0) + _field(5, 1)
-    return bytes(out) + _field(2, trainer) + _field(3, normalizer)
+    return out + _field(2, trainer) + _field(3, normalizer)
+
+
+def write_pieces(pieces: Sequence[Piece]) -> bytes:
+    """The pieces alone: put behind a model, they are its next ones."""
+    out = bytearray()
+    for piece in pieces:
+        body = _field(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score)
+        if piece.kind != NORMAL:
+            body += _field(3, piece.kind)
+        out += b"\x0a" + _varint(len(body)) + body
+    return bytes(out)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
