@@ -8,6 +8,7 @@ What cannot be had (no network, no ../shared, no torch) skips with its reason; u
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+# A test run started in the background ignores Ctrl-C, and so would every program it starts; a handler is not inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Taken before the isolation below: fetched models are kept in the user's real cache from run to run.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-run-test-models"

@@ -384,7 +384,10 @@ class TestModel:
         with sr.Model(stories_packed) as model:
             assert model.ctx_size == model.n_ctx_train == 512
 
-    def test_a_gguf_file_is_converted_once(self, stories_gguf: Path) -> None:
+    def test_a_gguf_file_is_converted_once(
+        self, stories_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # other tests may have converted the same content
         calls: list[tuple[str, int, int]] = []
         with sr.load(stories_gguf, progress=lambda *call: calls.append(call)) as model:
             first = model.path

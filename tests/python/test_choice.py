@@ -46,10 +46,10 @@ def test_scores_are_those_of_whole_texts(smollm2_packed: Path, shared_dir: Path)
 
 def test_task_on_the_command_line(smollm2_packed: Path, shared_dir: Path, run_cli: RunCli) -> None:
     data = shared_dir / "data" / "choice" / "arc_easy.jsonl"
-    done = run_cli("eval", "-m", smollm2_packed, "--task", "arc_easy", "--data", data, "--limit", 12, "--json")
+    done = run_cli("eval", "-m", smollm2_packed, "--task", "arc_easy", "--data", data, "--limit", 60, "--json")
     assert done.returncode == 0, done.stderr
     r = json.loads(done.stdout)
-    assert r["task"] == "arc_easy" and r["questions"] == len(r["choices"]) == 12
+    assert r["task"] == "arc_easy" and r["questions"] == len(r["choices"]) == 60
     assert r["accuracy"] >= 0.4, "guessing gives 0.25"
     for words in (("--task", "piqa"), (), ("--task", "piqa", "--text", data, "--data", data)):
         assert run_cli("eval", "-m", smollm2_packed, *words).returncode == 2

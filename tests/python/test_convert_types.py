@@ -200,7 +200,8 @@ def test_panels_cover_all_rows_and_their_sizes_agree_with_the_core(form: Form, r
     assert panels[0][0] == 0 and panels[-1][1] == round_up(rows, 64)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(panels))
     if form.quantised and rows >= 1024:
-        assert len(panels) % 2 == 0
+        # Two threads own whole panels: a border lies near the middle.
+        assert min(abs(end - rows / 2) for _, end in panels) <= 0.07 * rows
     for begin, end in panels:
         assert linear.panel_bytes(end - begin) == _core.panel_bytes(
             form.kind, end - begin, 96, form.group, form.has_min
