@@ -88,6 +88,25 @@ struct KernelTable {
   void (*to_f16)(const float* x, int n, uint16_t* out);
   // Sum of a large buffer, read as fast as the machine can (bench's stream rate).
   uint64_t (*read_sum)(const void* data, size_t bytes);
+
+  // Rows of chosen neurons times a vector. Position k in [begin, end) stands for neuron ids[k], or for neuron k where ids
+  // is null; gate[k] and up[k] are its results. gate or up may be null: then those rows are neither read nor fetched.
+  //
+  // The same bits on every ISA: lane l of 16 sums the slabs l, l + 16, l + 32 ... of a row in this order, per scale group
+  // lane = fma(float(sum) * scale, x_scale, lane) and, with minima, lane = fma(min', x_scale * float(x_sum), lane),
+  // min' = fma(scale, bias, min), `sum` being exact; then lanes l and l + 8 are added, l and l + 4, l and l + 2, l and
+  // l + 1. The results of a neuron do not depend on the list it is in.
+  void (*rows_q)(const NeuronMatrix& w, const RowVector& x, const int32_t* ids, int begin, int end, float* gate,
+                 float* up);
+  // Float weights: lane l of 16 sums the columns l, l + 16 ... by fma; then as above. x: [cols].
+  void (*rows_f)(const NeuronMatrix& w, const float* x, const int32_t* ids, int begin, int end, float* gate, float* up);
+
+  // n vectors at once, each RowVector array row-major over the vectors; gate[v * ldy + k], up[v * ldy + k]. Bit-equal to n
+  // calls of rows_q (rows_f). scratch: rows_scratch_bytes(w) bytes, 64-byte aligned, one per thread.
+  void (*rows_gemm_q)(const NeuronMatrix& w, const RowVector& x, int n, const int32_t* ids, int begin, int end,
+                      float* gate, float* up, size_t ldy, void* scratch);
+  void (*rows_gemm_f)(const NeuronMatrix& w, const float* x, size_t ldx, int n, const int32_t* ids, int begin, int end,
+                      float* gate, float* up, size_t ldy, void* scratch);
 };
 
 // Asks for the first lines that gemv_q will read of these tiles, at most `lines` of 64 bytes: called before a barrier,
@@ -96,6 +115,16 @@ void prefetch_start(const PanelMatrix& w, int tile_begin, int tile_end, int line
 
 // Scratch bytes that gemm_q and gemm_f need per thread for w.
 size_t gemm_scratch_bytes(const PanelMatrix& w);
+
+// Rearranges one quantised vector of `cols` inputs for the rows kernels: q [stripes * 512], scale [stripes * 16], sum
+// [stripes * 32] of RowVector, stripes = ceil(cols / 512).
+void order_for_rows(const QuantVector& x, int cols, int8_t* q, float* scale, int32_t* sum);
+
+// As above, for the records of neurons at positions [begin, end).
+void prefetch_start(const NeuronMatrix& w, const int32_t* ids, int begin, int end, int lines);
+
+// Scratch bytes that rows_gemm_q and rows_gemm_f need per thread for w.
+size_t rows_scratch_bytes(const NeuronMatrix& w);
 
 // The table chosen once for this process: the best instruction set that the build holds and the CPU and OS support,
 // or the one named by SPARSE_RUN_FORCE_ISA (throws Error(isa) where that cannot be honoured).

@@ -72,4 +72,41 @@ struct QuantVector {
   const int32_t* sum = nullptr;    // [2 * slabs]: sums of q over each 16 inputs
 };
 
+constexpr int kRowLanes = 16;                            // slabs in a stripe: one lane of a vector each
+constexpr int kStripeCols = kRowLanes * kSlabCols;       // inputs in a stripe of a row
+
+// The rows that feed the FFN's neurons, in layout `neurons`: record after record, one for each neuron, a record being its
+// gate row and its up row (its up row alone where the FFN is not gated).
+struct NeuronMatrix {
+  const uint8_t* data = nullptr;
+  WeightKind kind = WeightKind::f32;
+  bool has_min = false;
+  int group = 32;     // columns per scale: 32 or 16
+  int neurons = 0;    // records
+  int cols = 0;       // true inputs
+  bool gated = true;
+
+  SR_INLINE int slabs() const { return (cols + kSlabCols - 1) / kSlabCols; }
+  SR_INLINE int stripes() const { return (slabs() + kRowLanes - 1) / kRowLanes; }
+  // Bytes of a row's codes, of its scales (as many again of minima), and of the whole row.
+  SR_INLINE size_t code_bytes() const { return size_t(slabs()) * kSlabCols * code_bits(kind) / 8; }
+  SR_INLINE size_t scale_bytes() const { return size_t(slabs()) * (kSlabCols / group) * 2; }
+  SR_INLINE size_t row_bytes() const {
+    const size_t n = is_quantised(kind) ? code_bytes() + scale_bytes() * (has_min ? 2 : 1)
+                                        : size_t(cols) * (kind == WeightKind::f32 ? 4 : 2);
+    return (n + 15) / 16 * 16;
+  }
+  SR_INLINE size_t up_offset() const { return gated ? row_bytes() : 0; }
+  SR_INLINE size_t record_bytes() const { return (row_bytes() * (gated ? 2 : 1) + 63) / 64 * 64; }
+  SR_INLINE size_t total_bytes() const { return size_t(neurons) * record_bytes(); }
+};
+
+// A quantised vector put in the order in which rows are stored (order_for_rows): per stripe, 8 chunks of 16 lanes of 4
+// inputs; lane l of chunk v holds inputs 32 l + 4 v .. + 3 of the stripe. Lanes beyond the last slab are zero.
+struct RowVector {
+  const int8_t* q = nullptr;       // [stripes, 8, 16, 4]
+  const float* scale = nullptr;    // [stripes, 16]
+  const int32_t* sum = nullptr;    // [stripes, 2, 16]: sums over each slab's first and second 16 inputs
+};
+
 }  // namespace sr
