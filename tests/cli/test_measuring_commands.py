@@ -162,6 +162,9 @@ class TestDoctor:
         p = r["processor"]
         assert p["brand"] and p["default_threads"] >= 1 and p["logical_cores"] == os.cpu_count()
         assert next(isa for isa in p["isas"] if isa["selected"])["name"] == p["isa"]
+        # What the build holds, what runs here, how each was tested; generic is always there.
+        assert p["isas"][-1] == {**p["isas"][-1], "name": "generic", "supported": True, "tested": "hardware"}
+        assert {isa["tested"] for isa in p["isas"]} <= {"hardware", "emulator"}
         assert r["memory"]["available_bytes"] <= r["memory"]["total_bytes"]
         assert r["memory"]["stream_gb_per_s"] > 0
         packed = r["folders"]["packed"]

@@ -22,6 +22,16 @@ OPTIONAL = {
     "test": ("pytest", "running the tests"),
     "reference": ("transformers", "comparing logits in the tests"),
 }
+# Where the project's tests run each instruction set: on such a processor, or only under an emulator (qemu), which proves
+# the results but says nothing about speed.
+TESTED = {
+    "generic": "hardware",
+    "avx2": "hardware",
+    "avx512": "hardware",
+    "neon": "emulator",
+    "neon_dotprod": "emulator",
+    "neon_i8mm": "emulator",
+}
 LOW_MEMORY = 500_000_000
 LOW_DISK = 1_000_000_000
 
@@ -83,7 +93,7 @@ def _processor(problems: list[str], hints: list[str]) -> dict[str, Any]:
     out["version"] = _core.__version__
     try:
         out.update(_core.cpu_info())
-        out["isas"] = _core.isa_list()
+        out["isas"] = [{**isa, "tested": TESTED.get(isa["name"], "no")} for isa in _core.isa_list()]
     except Error as error:
         problems.append(str(error))
         return out
@@ -198,7 +208,8 @@ def _show(report: dict[str, Any]) -> None:
     line("processor", str(p.get("brand", "?")))
     for isa in p.get("isas", []):
         state = "selected" if isa["selected"] else "supported" if isa["supported"] else "not on this processor"
-        line("", f"{isa['name']:<8} {state}")
+        tested = {"hardware": "tested on such processors", "emulator": "tested under an emulator only"}
+        line("", f"{isa['name']:<13} {state}; {tested.get(isa['tested'], 'not tested')}")
     cores = [f"{p.get('physical_cores', '?')} physical", f"{p['logical_cores']} logical"]
     if p["affinity_cores"] is not None:
         cores.append(f"{p['affinity_cores']} in the affinity mask")
