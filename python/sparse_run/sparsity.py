@@ -1,8 +1,8 @@
 """The sparsity file: thresholds for one model with the levels, corpus and quality they were made with.
 
 `<packed model>/sparsity/<name>.safetensors` holds F32 tensors `layers.<i>.<site>` of one or of width(site) thresholds; a
-layer and site without a tensor is dense. Everything else is in its metadata. A file made for another model, quantisation or
-version, or that is damaged, is refused.
+layer and site without a tensor is dense. Tensors `predictor.*` and `clusters.*` belong to the methods that need them.
+Everything else is in its metadata. A file made for another model, quantisation or version, or that is damaged, is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ AUTO_NAMES = ("auto", "teal-1pct")
 """What `auto` looks for, in this order."""
 
 _JSON_FIELDS = ("options", "levels", "quality")
+_OWN = ("predictor.", "clusters.")  # what the names of a method's own arrays begin with
 
 
 @dataclass
@@ -56,6 +57,8 @@ class SparsityFile:
     tool_version: str = ""
     date: str = ""
     path: Path | None = None
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """What a method keeps besides thresholds, by name: `predictor.*` (Deja Vu), `clusters.*` (CoreInfer)."""
 
     @property
     def name(self) -> str:
@@ -105,6 +108,7 @@ def save(file: SparsityFile, target: str | Path) -> Path:
         for i, t in enumerate(layers)
         if t is not None
     }
+    tensors |= {name: np.ascontiguousarray(a) for name, a in file.arrays.items() if name.startswith(_OWN)}
     values: dict[str, Any] = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -184,6 +188,7 @@ def load(path: str | Path, header: PackedHeader) -> SparsityFile:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: its metadata is damaged ({type(error).__name__}: {error}); {again}") from None
     _check_model(file, header)
+    file.arrays = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}
     file.thresholds = _thresholds(path, tensors, header)
     return file
 
