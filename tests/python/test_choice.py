@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from sparse_run import _core
 from sparse_run.eval.choice import read_questions, score
-from sparse_run.eval.sparse import log_softmax
+from sparse_run.eval.perplexity import log_softmax
 from sparse_run.packed_header import SITES, read_header
 from sparse_run.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def test_scores_are_those_of_whole_texts(smollm2_packed: Path, shared_dir: Path)
                     ids = tokenizer.encode(context + ending, parse_special=False)
                     begin = len(tokenizer.encode(context, parse_special=False))
                     logits = session.eval_all(np.asarray(ids, np.int32))
-                    total = sum(float(log_softmax(logits[i - 1])[ids[i]]) for i in range(begin, len(ids)))
+                    total = sum(float(log_softmax(logits)[i - 1, ids[i]]) for i in range(begin, len(ids)))
                     per_byte.append(total / len(ending.strip().removeprefix("Answer: ").encode()))
                 expected.append(int(np.argmax(per_byte)))
             assert result.choices == expected

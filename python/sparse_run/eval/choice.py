@@ -119,7 +119,7 @@ def score(
     import numpy as np
 
     from .. import _core
-    from .sparse import log_softmax
+    from .perplexity import token_nlls
 
     session = _core.Session(model, n_ctx)
     session.set_sparsity(plan, mask_prefill=plan is not None)
@@ -144,8 +144,7 @@ def score(
             ids = np.asarray(whole, dtype=np.int32)
             if session.n_past < begin - 1:
                 session.eval(ids[session.n_past : begin - 1])
-            logits = session.eval_all(ids[begin - 1 : -1])
-            total = sum(float(log_softmax(row)[t]) for row, t in zip(logits, ids[begin:], strict=True))
+            total = -float(token_nlls(session.eval_all(ids[begin - 1 : -1]), ids[begin:]).sum())
             if not math.isfinite(total):
                 raise Error(f"question {number + 1}: the logits are not finite numbers; convert the model again")
             sums.append(total)

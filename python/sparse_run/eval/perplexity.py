@@ -77,7 +77,7 @@ def perplexity(
         for begin in range(first, ctx - 1, rows):  # the last token predicts nothing that is scored
             part = chunk[begin : min(begin + rows, ctx - 1)]
             logits = session.eval_all(part)
-            nll += negative_log_likelihood(logits, chunk[begin + 1 : begin + 1 + len(part)])
+            nll += float(token_nlls(logits, chunk[begin + 1 : begin + 1 + len(part)]).sum())
             scored += len(part)
         if not math.isfinite(nll):
             raise Error(
@@ -121,13 +121,21 @@ def rows_at_a_time(n_vocab: int) -> int:
     return max(1, min(256, _LOGIT_BYTES // (4 * n_vocab)))
 
 
-def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> float:
-    """Sum over rows of -log softmax(logits[i])[targets[i]], in float64. NaN in gives NaN out."""
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logarithms of the probabilities of rows of logits [n, n_vocab], float32 with sums in float64. NaN in gives NaN out."""
     import numpy as np
 
-    total = 0.0
-    for row, target in zip(logits, targets, strict=True):
-        x = row.astype(np.float64)
-        top = x.max()
-        total += float(top + np.log(np.exp(x - top).sum()) - x[target])
-    return total
+    x: NDArray[np.float32] = logits - logits.max(1, keepdims=True)
+    x -= np.log(np.exp(x).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return x
+
+
+def token_nlls(logits: NDArray[np.float32], targets: NDArray[np.int32]) -> NDArray[np.float64]:
+    """-log softmax(logits[i])[targets[i]] of rows [n, n_vocab], in float64. NaN in gives NaN out."""
+    import numpy as np
+
+    top = logits.max(1, keepdims=True)
+    sums = np.exp(logits - top).sum(1, dtype=np.float64)
+    picked = logits[np.arange(len(targets)), targets].astype(np.float64)
+    nlls: NDArray[np.float64] = top[:, 0] + np.log(sums) - picked
+    return nlls

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
-from .perplexity import cut_chunks, rows_at_a_time
+from .perplexity import cut_chunks, log_softmax, rows_at_a_time, token_nlls
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,10 @@ class SparseResult:
 
     perplexity: float
     perplexity_dense: float
+    perplexity_increase: float
+    """perplexity / perplexity_dense - 1."""
+    perplexity_increase_stderr: float
+    """Its standard error, from the differences of the two runs token by token."""
     kl_mean: float
     kl_p99: float
     top1_agreement: float
@@ -66,8 +70,8 @@ def compare(
     sparse.set_sparsity(plan, mask_prefill=True)
     sparse.density()
     first = ctx // 2
-    nll_dense = nll_sparse = 0.0
-    divergences: list[float] = []
+    pairs: list[NDArray[np.float64]] = []
+    divergences: list[NDArray[np.float64]] = []
     same = 0
     start = time.perf_counter()
     for c, chunk in enumerate(ids):
@@ -79,42 +83,43 @@ def compare(
         for begin in range(first, ctx - 1, rows):
             part = chunk[begin : min(begin + rows, ctx - 1)]
             targets = chunk[begin + 1 : begin + 1 + len(part)]
-            pair = zip(dense.eval_all(part), sparse.eval_all(part), targets, strict=True)
-            for row_dense, row_sparse, target in pair:
-                p, q = log_softmax(row_dense), log_softmax(row_sparse)
-                nll_dense -= float(p[target])
-                nll_sparse -= float(q[target])
-                divergences.append(max(0.0, float((np.exp(p) * (p - q)).sum())))
-                same += int(row_dense.argmax() == row_sparse.argmax())
-        if not math.isfinite(nll_dense) or not math.isfinite(nll_sparse):
-            which = "dense" if not math.isfinite(nll_dense) else "sparse"
-            raise Error(f"chunk {c + 1}: the {which} run's logits are not finite numbers; convert the model again")
+            rows_dense, rows_sparse = dense.eval_all(part), sparse.eval_all(part)
+            pairs.append(np.stack([token_nlls(rows_dense, targets), token_nlls(rows_sparse, targets)]))
+            if not np.isfinite(pairs[-1]).all():
+                which = "sparse" if np.isfinite(pairs[-1][0]).all() else "dense"
+                raise Error(f"chunk {c + 1}: the {which} run's logits are not finite numbers; convert the model again")
+            same += int((rows_dense.argmax(1) == rows_sparse.argmax(1)).sum())
+            divergences.append(kl_divergence(rows_dense, rows_sparse))
     if progress is not None:
         progress("dense and sparse", len(ids), len(ids))
-    count = len(divergences)
+    nll_dense, nll_sparse = np.concatenate(pairs, axis=1)
+    kl = np.concatenate(divergences)
+    difference = nll_sparse - nll_dense
+    factor = _exp(float(difference.mean()))
     return SparseResult(
-        perplexity=_exp(nll_sparse / count),
-        perplexity_dense=_exp(nll_dense / count),
-        kl_mean=float(np.mean(divergences)),
-        kl_p99=float(np.quantile(divergences, 0.99)),
-        top1_agreement=same / count,
+        perplexity=_exp(float(nll_sparse.mean())),
+        perplexity_dense=_exp(float(nll_dense.mean())),
+        perplexity_increase=factor - 1,
+        perplexity_increase_stderr=factor * float(difference.std()) / math.sqrt(len(difference)),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1_agreement=same / len(kl),
         density=sparse.density(),
-        nll=nll_sparse / count,
-        tokens_scored=count,
+        nll=float(nll_sparse.mean()),
+        tokens_scored=len(kl),
         ctx=ctx,
         chunks=len(ids),
         seconds=time.perf_counter() - start,
     )
 
 
-def log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Logarithms of the probabilities of one row of logits, in float64."""
+def kl_divergence(dense: NDArray[np.float32], sparse: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL divergence, in nats, of the distributions of logits `sparse` from those of logits `dense`, row by row [n]."""
     import numpy as np
 
-    x = row.astype(np.float64)
-    x -= x.max()
-    x -= np.log(np.exp(x).sum())
-    return x
+    p, q = log_softmax(dense), log_softmax(sparse)
+    out: NDArray[np.float64] = np.maximum((np.exp(p) * (p - q)).sum(1, dtype=np.float64), 0.0)
+    return out
 
 
 def _exp(nll: float) -> float:
