@@ -70,6 +70,8 @@ class Calibration(abc.ABC):
     METHOD: ClassVar[str]
     ALLOCATIONS: ClassVar[tuple[str, ...]]
     """The method's variants; the first is the one for a budget."""
+    LEVEL_ALLOCATION: ClassVar[str] = ""
+    """The variant for --level; empty: the first."""
     MAX_LEVEL: ClassVar[float] = 0.9
     """The largest level that a budget is searched up to."""
 
@@ -114,6 +116,15 @@ class Calibration(abc.ABC):
         return _core.Sparsity(
             self.model, self.thresholds_at(allocation, target)[0], dense_tokens=self.options.dense_tokens
         )
+
+    @classmethod
+    def default_allocation(cls, *, budget: bool) -> str:
+        return cls.ALLOCATIONS[0] if budget or not cls.LEVEL_ALLOCATION else cls.LEVEL_ALLOCATION
+
+    def name_of(self, allocation: str, level: float | None, budget: float | None) -> str:
+        """The file's name: "cats-0.50", "cats-chess-0.50", "cats-1pct"; the first variant is not named."""
+        parts = [self.METHOD, *([allocation] if allocation not in (self.METHOD, self.ALLOCATIONS[0]) else [])]
+        return "-".join([*parts, f"{100 * budget:g}pct" if budget is not None else level_text(level or 0.0)])
 
     # Work and time
 
@@ -322,6 +333,11 @@ class Calibration(abc.ABC):
             "threads": self.model.threads,
             "isa": self.model.isa,
         }
+
+
+def level_text(level: float) -> str:
+    """ "0.50" for 0.5, and all digits where two are not enough."""
+    return f"{level:.2f}" if round(level, 2) == level else f"{level:g}"
 
 
 def bytes_per_token(model: _core.Model, header: PackedHeader, body: float) -> int:

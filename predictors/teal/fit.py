@@ -43,6 +43,7 @@ class Fit(calibration.Calibration):
 
     METHOD = "teal"
     ALLOCATIONS = ("global", "greedy", "uniform")
+    LEVEL_ALLOCATION = "uniform"
     MAX_LEVEL = allocate.MAX_LEVEL
     options: Options
 
@@ -297,7 +298,15 @@ class Fit(calibration.Calibration):
     def prepare(self, allocation: str) -> None:
         self.levels(allocation, 0.5)
 
+    def name_of(self, allocation: str, level: float | None, budget: float | None) -> str:
+        """ "uniform-0.50" for a level; "teal-1pct" for a budget."""
+        score = "" if self.options.score == "abs" else f"-{self.options.score}"
+        if budget is None:
+            return level_name(level or 0.0, allocation) + score
+        own = "" if allocation == self.ALLOCATIONS[0] else f"-{allocation}"
+        return f"teal{own}{score}-{100 * budget:g}pct"
+
 
 def level_name(level: float, allocation: str = "uniform") -> str:
     """The file's name for a level, such as "uniform-0.50"."""
-    return f"{allocation}-{level:.2f}" if round(level, 2) == level else f"{allocation}-{level:g}"
+    return f"{allocation}-{calibration.level_text(level)}"

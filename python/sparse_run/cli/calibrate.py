@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 @threads_option
 @click.option(
     "--method",
-    type=click.Choice(["teal"]),
+    metavar="NAME",
     default="teal",
     show_default=True,
-    help="How inputs are chosen to be skipped.",
+    help="How it is chosen what to skip: a folder of predictors.",
 )
 @click.option(
     "--max-ppl-increase",
@@ -45,15 +45,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--allocation",
-    type=click.Choice(["global", "greedy", "uniform"]),
-    help="How levels differ by layer and site.  [default: uniform with --level, else global]",
+    metavar="NAME",
+    help="The method's variant. teal: how levels differ by layer and site, global, greedy or uniform.  [default for teal: "
+    "uniform with --level, else global]",
 )
 @click.option(
     "--score",
     type=click.Choice(["abs", "wina"]),
-    default="abs",
-    show_default=True,
-    help="An input's weight: its magnitude, or that times the norm of its column.",
+    help="teal: an input's weight, its magnitude, or that times the norm of its column.  [default: abs]",
 )
 @click.option("--text", "text_file", metavar="FILE", help="Text like what the model will meet, UTF-8; - is stdin.")
 @click.option("--tokens", type=click.IntRange(min=128), default=8192, show_default=True, help="Tokens for thresholds.")
@@ -75,7 +74,7 @@ def command(
     budgets: tuple[str, ...],
     levels: tuple[str, ...],
     allocation: str | None,
-    score: str,
+    score: str | None,
     text_file: str | None,
     tokens: int,
     eval_tokens: int,
@@ -102,7 +101,7 @@ def command(
     """
     from .. import _core, registry
     from .. import sparsity as files
-    from ..predictors.teal.fit import Fit, Options, level_name
+    from ..predictors.common import methods
     from ..tokenizer import Tokenizer
 
     wanted_levels = [_level(text) for text in levels]
@@ -111,8 +110,13 @@ def command(
         wanted_budgets = [0.01]
     if name is not None and len(wanted_levels) + len(wanted_budgets) != 1:
         raise click.UsageError("--name goes with one --level or one --max-ppl-increase")
-    options = Options(
-        tokens=tokens, eval_tokens=eval_tokens, ctx=ctx, seed=seed, score=score, dense_tokens=dense_tokens
+    kind_of_fit = methods.fit_class(method)
+    if allocation is not None and allocation not in kind_of_fit.ALLOCATIONS:
+        raise UsageError(
+            f"{method} has no allocation {allocation!r}; it must be one of {', '.join(kind_of_fit.ALLOCATIONS)}"
+        )
+    options = methods.options(
+        method, tokens=tokens, eval_tokens=eval_tokens, ctx=ctx, seed=seed, score=score, dense_tokens=dense_tokens
     )
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
@@ -120,23 +124,21 @@ def command(
     if name is not None:
         files.path_of(path, name)
     text = None if text_file is None else read_text(text_file)
-    suffix = "-wina" if score == "wina" else ""
     written: list[SparsityFile] = []
     core = _core.Model(str(path), threads or 0)
     try:
         with Work(quiet=quiet) as work:
-            fit = Fit(core, Tokenizer.load(path), header, options, text=text, tick=work)
+            fit = kind_of_fit(core, Tokenizer.load(path), header, options, text=text, tick=work)
             for level in wanted_levels:
-                kind = allocation or "uniform"
+                kind = allocation or fit.default_allocation(budget=False)
                 file = fit.file(kind, level)
-                files.save(file, files.path_of(path, name or level_name(level, kind) + suffix))
+                files.save(file, files.path_of(path, name or fit.name_of(kind, level, None)))
                 written.append(file)
             for budget in wanted_budgets:
-                kind = allocation or "global"
+                kind = allocation or fit.default_allocation(budget=True)
                 level = fit.search(kind, budget)
                 file = fit.file(kind, level, extra={"max_ppl_increase": budget})
-                own = "" if kind == "global" else f"-{kind}"
-                files.save(file, files.path_of(path, name or f"teal{own}{suffix}-{100 * budget:g}pct"))
+                files.save(file, files.path_of(path, name or fit.name_of(kind, None, budget)))
                 written.append(file)
     finally:
         core.close()
