@@ -8,8 +8,10 @@
 // behind: the linker could keep the copy with the newer instructions.
 #if defined(_MSC_VER)
 #define SR_INLINE __forceinline
+#define SR_NOINLINE __declspec(noinline)
 #else
 #define SR_INLINE inline __attribute__((always_inline))
+#define SR_NOINLINE __attribute__((noinline))
 #endif
 
 namespace sr {

@@ -1,8 +1,8 @@
 // Matrix-vector products on stored panels, dense and on active columns, for any Vec.
 //
 // One slab (32 columns) at a time; inside it tile after tile (64 rows), all columns of the slab into registers, four
-// columns an instruction. The columns of a slab are up to 32 streams that advance by half a line a tile; lines of
-// a slab further on are prefetched meanwhile, so that DRAM sees one long request queue whatever columns are skipped.
+// columns an instruction. The columns of a slab are up to 32 streams that advance by half a line a tile; runs of slabs
+// further on are asked for meanwhile, so that DRAM sees one long request queue whatever columns are skipped.
 // The dense product is the product on all columns: the same code, the same sums, the same bits.
 #pragma once
 
@@ -75,52 +75,6 @@ inline void add_slab(typename V::template Acc<BITS>& acc, const uint16_t* scale,
   }
 }
 
-template <class V, int BITS, bool MIN, int GROUP, int QUADS>
-inline void tile_slab(const uint8_t* low, const uint8_t* high, const uint32_t* off, const uint32_t* x4, int quads,
-                      int32_t start, const uint16_t* scale, const uint16_t* min, float x_scale, float x_sum, float* y) {
-  typename V::template Acc<BITS> acc;
-  acc.init(start);
-  if (QUADS > 0) {
-#pragma GCC unroll 8
-    for (int i = 0; i < QUADS; ++i) acc.add4(low, high, off + 4 * i, x4[i]);
-  } else {
-    for (int i = 0; i < quads; ++i) acc.add4(low, high, off + 4 * i, x4[i]);
-  }
-  add_slab<V, BITS, MIN>(acc, scale, min, x_scale, x_sum, y);
-}
-
-// Where prefetching runs ahead of computing: a slab of a stretch, and the columns of it that will be read.
-struct Ahead {
-  const uint8_t* slab = nullptr;  // null: nothing to fetch
-  const uint8_t* cols = nullptr;  // null: all 32
-  int count = 0, R = 0, row = 0, tiles = 0;
-};
-
-// The t-th of n shares of a slab that is read later: whole runs of some of its active columns, in address order, so that
-// the memory sees long sequential requests (line by line across the columns reached 60% of the rate of this order).
-template <class V, int BITS, bool MIN, int GROUP>
-SR_INLINE void prefetch_share(const PanelMatrix& w, const Ahead& a, int t, int n) {
-  using P = Panel<V, BITS>;
-  if (!a.slab || a.count == 0) return;
-  if (t == 0) {
-    const uint8_t* head = a.slab + size_t(a.row) * 2;
-    for (int p = 0; p < kSlabCols / GROUP * (MIN ? 2 : 1); ++p, head += size_t(a.R) * 2)
-      for (int i = 0; i < a.tiles * 128; i += 64) __builtin_prefetch(head + i, 0, 2);
-  }
-  const size_t run = w.run_bytes(a.R);
-  const uint8_t* low = a.slab + w.slab_head_bytes(a.R) + size_t(a.row / kTileRows) * P::kLow;
-  const uint8_t* high = a.slab + w.slab_head_bytes(a.R) + a.R / 2 + size_t(a.row / kTileRows) * P::kHigh;
-  const int begin = a.count * t / n, end = a.count * (t + 1) / n;
-  for (int c = begin; c < end; ++c) {
-    const size_t at = (a.cols ? a.cols[c] : c) * run;
-    for (int i = 0; i < a.tiles * P::kLow; i += 64) __builtin_prefetch(low + at + i, 0, 2);
-    for (int i = 0; i < a.tiles * P::kHigh; i += 64) __builtin_prefetch(high + at + i, 0, 2);
-  }
-}
-
-// Bytes that prefetching keeps in flight or in L2 ahead of the arithmetic; measured in cpp/kernels/README.md.
-constexpr size_t kPrefetchBytes = 24 * 1024;
-
 // A stretch of tiles inside one panel.
 struct Stretch {
   const uint8_t* panel;
@@ -132,63 +86,196 @@ SR_INLINE Stretch stretch_at(const PanelMatrix& w, int tile, int tile_end) {
   return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows)};
 }
 
+// Bytes that are asked for ahead of the slab being computed, at least: in flight or in L2. And those asked for before the
+// first product. Measured in cpp/kernels/README.md.
+constexpr int kAheadBytes = 32 * 1024;
+constexpr int kStartBytes = 8 * 1024;
+
+// Walks through what one call reads, in its order, and asks memory for it: per slab the scales, then the runs of active
+// columns, each as a whole and in address order, so that the memory sees long sequential requests. A slab without active
+// columns is not touched.
 template <class V, int BITS, bool MIN, int GROUP>
-void gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, const Stretch& at,
-                  const Stretch& after, int* fetched, float* y) {
+class ReadAhead {
+ public:
+  using P = Panel<V, BITS>;
+  static constexpr int kHeads = kSlabCols / GROUP * (MIN ? 2 : 1);
+
+  ReadAhead(const PanelMatrix& w, const ActiveColumns* active, int tile_begin, int tile_end)
+      : w_(w), active_(active), tile_(tile_begin), tile_end_(tile_end) {
+    enter();
+    ask(kStartBytes);
+  }
+
+  // Bytes that the computation of `tiles` tiles of slab s reads.
+  int wanted(int s, int tiles) const {
+    const int n = columns(s);
+    return n == 0 ? 0 : tiles * (n * (P::kLow + P::kHigh) + kHeads * 2 * kTileRows);
+  }
+  // Begins slab s of `tiles` tiles; budget() is then what to ask for while it is computed, so that at its end the next slab
+  // has been asked for, and kAheadBytes at least.
+  void begin(int s, int tiles) {
+    const int slabs = w_.slabs();
+    const int now = wanted(s, tiles), next = wanted(s + 1 < slabs ? s + 1 : 0, tiles);
+    begun_ += now;
+    target_ = begun_ + std::max(next, kAheadBytes);
+  }
+  int budget() const { return target_ > asked_ ? int(target_ - asked_) : 0; }
+
+  // Asks for `due` bytes or a little more, whole runs; returns what is still due: 0 or less.
+  SR_NOINLINE int ask(int due) {
+    while (due > 0) {
+      if (piece_ == pieces_ && !next_slab()) {
+        asked_ = int64_t(1) << 60;  // that was all: no budget from now on
+        return 0;
+      }
+      const int i = piece_++;
+      int bytes;
+      if (i < kHeads) {
+        bytes = fetch(slab_at_ + (size_t(i) * at_.R + at_.row) * 2, at_.tiles * kTileRows * 2);
+      } else {
+        const size_t c = active_ ? active_->cols[slab_ * kSlabCols + i - kHeads] : i - kHeads;
+        const uint8_t* run = slab_at_ + head_bytes_ + c * run_bytes_;
+        const int first = at_.row / kTileRows;
+        bytes = fetch(run + first * P::kLow, at_.tiles * P::kLow);
+        if (P::kHigh) bytes += fetch(run + at_.R / 2 + first * P::kHigh, at_.tiles * P::kHigh);
+      }
+      due -= bytes;
+      asked_ += bytes;
+    }
+    return due;
+  }
+
+ private:
+  static SR_INLINE int fetch(const uint8_t* p, int bytes) {
+    for (const uint8_t* line = p - (reinterpret_cast<uintptr_t>(p) & 63); line < p + bytes; line += 64)
+      __builtin_prefetch(line, 0, 2);
+    return bytes;
+  }
+  int columns(int s) const { return active_ ? active_->count[s] : kSlabCols; }
+  void open_slab() {
+    piece_ = 0;
+    pieces_ = columns(slab_) ? kHeads + columns(slab_) : 0;
+  }
+  void enter() {
+    at_ = stretch_at(w_, tile_, tile_end_);
+    slab_ = piece_ = pieces_ = 0;
+    if (!at_.panel) return;
+    slab_at_ = at_.panel;
+    slab_bytes_ = w_.slab_bytes(at_.R);
+    head_bytes_ = w_.slab_head_bytes(at_.R);
+    run_bytes_ = w_.run_bytes(at_.R);
+    open_slab();
+  }
+  bool next_slab() {
+    while (piece_ == pieces_) {
+      if (!at_.panel) return false;
+      if (++slab_ < w_.slabs()) {
+        slab_at_ += slab_bytes_;
+        open_slab();
+      } else {
+        tile_ += at_.tiles;
+        enter();
+      }
+    }
+    return true;
+  }
+
+  const PanelMatrix& w_;
+  const ActiveColumns* active_;
+  int tile_, tile_end_;
+  Stretch at_;
+  const uint8_t* slab_at_ = nullptr;
+  size_t slab_bytes_ = 0, head_bytes_ = 0, run_bytes_ = 0;
+  int slab_ = 0, piece_ = 0, pieces_ = 0;
+  int64_t begun_ = 0, asked_ = 0, target_ = 0;
+};
+
+// The columns of one scale group of a slab, for the tiles of a stretch.
+struct SlabPart {
+  const uint8_t *low, *high;
+  const uint32_t *off, *x4;
+  int quads;
+  int32_t start;
+  const uint16_t *scale, *min;
+  float x_scale, x_sum;
+};
+
+// QUADS = 0: as many as part.quads says. Unrolled for a full group and for one quad only: with two to four unrolled, cached
+// matrices gained 5% and others lost 10%.
+template <class V, int BITS, bool MIN, int QUADS, class Reader>
+SR_NOINLINE int part_tiles(const SlabPart& given, int tiles, int due, int per_tile, Reader& ahead, float* y) {
+  using P = Panel<V, BITS>;
+  SlabPart part = given;
+  uint32_t one[4] = {0, 0, 0, 0}, x_one = 0;  // in registers over the tiles
+  if (QUADS == 1) {
+    std::memcpy(one, part.off, sizeof one);
+    x_one = part.x4[0];
+  }
+  for (int t = 0; t < tiles; ++t) {
+    due += per_tile;
+    if (due > 0) due = ahead.ask(due);
+    typename V::template Acc<BITS> acc;
+    acc.init(part.start);
+    if (QUADS == 1) {
+      acc.add4(part.low, part.high, one, x_one);
+    } else if (QUADS > 1) {
+#pragma GCC unroll 8
+      for (int i = 0; i < QUADS; ++i) acc.add4(part.low, part.high, part.off + 4 * i, part.x4[i]);
+    } else {
+      for (int i = 0; i < part.quads; ++i) acc.add4(part.low, part.high, part.off + 4 * i, part.x4[i]);
+    }
+    add_slab<V, BITS, MIN>(acc, part.scale, part.min, part.x_scale, part.x_sum, y);
+    part.low += P::kLow;
+    part.high += P::kHigh;
+    part.scale += kTileRows;
+    part.min += kTileRows;
+    y += kTileRows;
+  }
+  return due;
+}
+
+// One stretch; due: bytes that `ahead` was asked for too little (or, below 0, too much) so far.
+template <class V, int BITS, bool MIN, int GROUP>
+int gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, const Stretch& at, int due,
+                 ReadAhead<V, BITS, MIN, GROUP>& ahead, float* y) {
   using P = Panel<V, BITS>;
   constexpr int kParts = kSlabCols / GROUP;
   const int slabs = w.slabs(), tiles = at.tiles, R = at.R;
   const size_t slab_bytes = w.slab_bytes(R), head = w.slab_head_bytes(R), run_bytes = w.run_bytes(R);
-  const int distance = int(std::min<size_t>(1 + kPrefetchBytes * R / (slab_bytes * kTileRows * tiles), 16));
   std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
   for (int s = 0; s < slabs; ++s) {
     SlabPlan plan;
     plan_slab(x.q + s * kSlabCols, active ? active->cols + s * kSlabCols : nullptr, active ? active->count[s] : 0, GROUP,
               uint32_t(run_bytes), &plan);
-    // One slab further on, two while the lead is still short (the start of a matrix).
-    Ahead ahead[2];
-    for (int i = 0; i < 2 && *fetched <= s + distance; ++i, ++*fetched) {
-      const Stretch& target = *fetched < slabs ? at : after;
-      const int f = *fetched < slabs ? *fetched : *fetched - slabs;
-      if (!target.panel || f >= slabs) break;
-      ahead[i].slab = target.panel + size_t(f) * w.slab_bytes(target.R);
-      ahead[i].cols = active ? active->cols + f * kSlabCols : nullptr;
-      ahead[i].count = active ? active->count[f] : kSlabCols;
-      ahead[i].R = target.R;
-      ahead[i].row = target.row;
-      ahead[i].tiles = target.tiles;
-    }
+    if (plan.columns == 0) continue;
+    ahead.begin(s, tiles);
     const uint8_t* slab = at.panel + size_t(s) * slab_bytes;
-    const uint8_t* low = slab + head + size_t(at.row / kTileRows) * P::kLow;
-    const uint8_t* high = slab + head + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
     const uint16_t* scale = reinterpret_cast<const uint16_t*>(slab) + at.row;
-    for (int t = 0; t < tiles; ++t) {
-      prefetch_share<V, BITS, MIN, GROUP>(w, ahead[0], t, tiles);
-      if (ahead[1].slab) prefetch_share<V, BITS, MIN, GROUP>(w, ahead[1], t, tiles);
-      if (plan.columns == 0) continue;
-      const uint8_t* l = low + size_t(t) * P::kLow;
-      const uint8_t* h = high + size_t(t) * P::kHigh;
-      float* out = y + size_t(t) * kTileRows;
-      int first = 0;
-      for (int p = 0; p < kParts; ++p) {
-        const int quads = plan.quads[p];
-        if (quads == 0) continue;
-        const int32_t sum = kParts == 1 ? x.sum[2 * s] + x.sum[2 * s + 1] : x.sum[2 * s + p];
-        const uint16_t* sc = scale + size_t(p) * R + size_t(t) * kTileRows;
-        const uint16_t* mn = scale + size_t(kParts + p) * R + size_t(t) * kTileRows;
-        const float xs = x.scale[s], x_sum = xs * float(sum);
-        const int32_t start = -(sum << (BITS - 1));
-        if (quads == GROUP / 4)
-          tile_slab<V, BITS, MIN, GROUP, GROUP / 4>(l, h, plan.off + 4 * first, plan.x4 + first, quads, start, sc, mn, xs,
-                                                    x_sum, out);
-        else
-          tile_slab<V, BITS, MIN, GROUP, 0>(l, h, plan.off + 4 * first, plan.x4 + first, quads, start, sc, mn, xs, x_sum,
-                                            out);
-        first += quads;
-      }
+    int first = 0;
+    for (int p = 0; p < kParts; ++p) {
+      const int quads = plan.quads[p];
+      if (quads == 0) continue;
+      const int32_t sum = kParts == 1 ? x.sum[2 * s] + x.sum[2 * s + 1] : x.sum[2 * s + p];
+      SlabPart part;
+      part.low = slab + head + size_t(at.row / kTileRows) * P::kLow;
+      part.high = slab + head + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
+      part.off = plan.off + 4 * first;
+      part.x4 = plan.x4 + first;
+      part.quads = quads;
+      part.start = -(sum << (BITS - 1));
+      part.scale = scale + size_t(p) * R;
+      part.min = scale + size_t(kParts + p) * R;
+      part.x_scale = x.scale[s];
+      part.x_sum = x.scale[s] * float(sum);
+      const int parts_left = kParts == 2 && p == 0 && plan.quads[1] > 0 ? 2 : 1;
+      const int per_tile = ahead.budget() / (tiles * parts_left);
+      if (quads == GROUP / 4) due = part_tiles<V, BITS, MIN, GROUP / 4>(part, tiles, due, per_tile, ahead, y);
+      else if (quads == 1) due = part_tiles<V, BITS, MIN, 1>(part, tiles, due, per_tile, ahead, y);
+      else due = part_tiles<V, BITS, MIN, 0>(part, tiles, due, per_tile, ahead, y);
+      first += quads;
     }
   }
-  *fetched = std::max(1, *fetched - slabs);
+  return due;
 }
 
 // Calls fn<BITS, MIN, GROUP> for the layout of w.
@@ -216,13 +303,13 @@ template <class V, int BITS, bool MIN, int GROUP>
 struct GemvLayout {
   static void run(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, int tile_begin, int tile_end,
                   float* y) {
-    Stretch now = stretch_at(w, tile_begin, tile_end);
-    int fetched = 1;  // slabs of `now` already asked for
+    if (tile_begin >= tile_end) return;
+    ReadAhead<V, BITS, MIN, GROUP> ahead(w, active, tile_begin, tile_end);
+    int due = 0;
     for (int tile = tile_begin; tile < tile_end;) {
-      const Stretch after = stretch_at(w, tile + now.tiles, tile_end);
-      gemv_stretch<V, BITS, MIN, GROUP>(w, x, active, now, after, &fetched, y + size_t(tile) * kTileRows);
-      tile += now.tiles;
-      now = after;
+      const Stretch at = stretch_at(w, tile, tile_end);
+      due = gemv_stretch<V, BITS, MIN, GROUP>(w, x, active, at, due, ahead, y + size_t(tile) * kTileRows);
+      tile += at.tiles;
     }
   }
 };
