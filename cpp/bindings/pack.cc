@@ -1,8 +1,9 @@
-// Packing and unpacking of panels for the converter and the tests.
+// Packing and unpacking of panels and of neuron records, for the converter and the tests.
 #include <algorithm>
 
 #include "bindings/bindings.h"
 #include "kernels/pack/pack.h"
+#include "kernels/pack/rows.h"
 
 namespace sr {
 namespace {
@@ -89,6 +90,95 @@ py::array unpack_panel_py(const std::string& kind, const py::array& data_in, py:
   return out;
 }
 
+// What `neurons` records are, checked.
+NeuronMatrix neuron_shape(const std::string& kind, py::ssize_t neurons, py::ssize_t cols, int group, bool has_min,
+                          bool gated) {
+  NeuronMatrix m;
+  m.kind = weight_kind_from_name(kind);
+  if (neurons < 1 || neurons > kMaxSide || cols < 1 || cols > kMaxSide) {
+    throw Error(ErrorCode::usage, "neurons and cols must be from 1 to " + std::to_string(kMaxSide));
+  }
+  if (is_quantised(m.kind) && group != 32 && group != 16) {
+    throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
+  }
+  m.neurons = int(neurons);
+  m.cols = int(cols);
+  m.group = group;
+  m.has_min = has_min;
+  m.gated = gated;
+  return m;
+}
+
+// Neurons that `rows` plain rows make.
+py::ssize_t neurons_of(py::ssize_t rows, bool gated) {
+  if (gated && rows % 2) throw Error(ErrorCode::usage, "gated neurons have two rows each, got " + std::to_string(rows));
+  return gated ? rows / 2 : rows;
+}
+
+size_t neuron_bytes_py(const std::string& kind, py::ssize_t neurons, py::ssize_t cols, int group, bool has_min,
+                       bool gated) {
+  return neuron_shape(kind, neurons, cols, group, has_min, gated).total_bytes();
+}
+
+py::array pack_neurons_py(const std::string& kind, const py::array& codes_in, const py::array& scales_in,
+                          const py::object& mins_in, int group, bool gated) {
+  const py::array codes = checked_array(codes_in, 'u', 1, 2, "codes");
+  const py::array scales = checked_array(scales_in, 'f', 2, 2, "scales");
+  const bool has_min = !mins_in.is_none();
+  py::array mins;
+  if (has_min) mins = checked_array(py::array::ensure(mins_in), 'f', 2, 2, "mins");
+  const py::ssize_t rows = codes.shape(0), cols = codes.shape(1);
+  const NeuronMatrix m = neuron_shape(kind, neurons_of(rows, gated), cols, group, has_min, gated);
+  if (!is_quantised(m.kind)) throw Error(ErrorCode::usage, kind + " is not a quantised kind: use pack_neurons_float");
+  for (const py::array* a : {&scales, has_min ? &mins : &scales}) {
+    if (a->shape(0) != rows || a->shape(1) != (cols + group - 1) / group) {
+      throw Error(ErrorCode::usage, "scales and mins must have the shape [rows, ceil(cols / group)]");
+    }
+  }
+  py::array_t<uint8_t> out{py::ssize_t(m.total_bytes())};
+  const auto* c = static_cast<const uint8_t*>(codes.data());
+  const auto* s = static_cast<const uint16_t*>(scales.data());
+  const auto* n = has_min ? static_cast<const uint16_t*>(mins.data()) : nullptr;
+  uint8_t* o = out.mutable_data();
+  py::gil_scoped_release release;
+  uint8_t top = 0;
+  for (py::ssize_t i = 0; i < rows * cols; i++) top = std::max(top, c[i]);
+  if (int(top) >> code_bits(m.kind)) {
+    throw Error(ErrorCode::usage, "code " + std::to_string(top) + " does not fit into " + kind);
+  }
+  pack_neurons(m, c, s, n, o);
+  return out;
+}
+
+py::array pack_neurons_float_py(const std::string& kind, const py::array& values_in, bool gated) {
+  const py::array values = checked_array(values_in, 'f', 4, 2, "values");
+  const NeuronMatrix m =
+      neuron_shape(kind, neurons_of(values.shape(0), gated), values.shape(1), 32, false, gated);
+  if (is_quantised(m.kind)) throw Error(ErrorCode::usage, kind + " is a quantised kind: use pack_neurons");
+  py::array_t<uint8_t> out{py::ssize_t(m.total_bytes())};
+  const auto* v = static_cast<const float*>(values.data());
+  uint8_t* o = out.mutable_data();
+  py::gil_scoped_release release;
+  pack_neurons_float(m, v, o);
+  return out;
+}
+
+py::array unpack_neurons_py(const std::string& kind, const py::array& data_in, py::ssize_t neurons, py::ssize_t cols,
+                            int group, bool has_min, bool gated) {
+  const py::array data = checked_array(data_in, 'u', 1, 1, "data");
+  NeuronMatrix m = neuron_shape(kind, neurons, cols, group, has_min, gated);
+  if (size_t(data.size()) != m.total_bytes()) {
+    throw Error(ErrorCode::usage, "the records must have " + std::to_string(m.total_bytes()) + " bytes, got " +
+                                      std::to_string(data.size()));
+  }
+  py::array_t<float> out({neurons * (gated ? 2 : 1), cols});
+  m.data = static_cast<const uint8_t*>(data.data());
+  float* o = out.mutable_data();
+  py::gil_scoped_release release;
+  unpack_neurons(m, o);
+  return out;
+}
+
 }  // namespace
 
 void bind_pack(py::module_& m) {
@@ -100,6 +190,15 @@ void bind_pack(py::module_& m) {
         "One float panel (up to 64 rows), values [rows, cols].");
   m.def("unpack_panel", &unpack_panel_py, py::arg("kind"), py::arg("data"), py::arg("rows"), py::arg("cols"),
         py::arg("group"), py::arg("has_min"), "The weights of one panel, [rows, cols].");
+  m.def("neuron_bytes", &neuron_bytes_py, py::arg("kind"), py::arg("neurons"), py::arg("cols"), py::arg("group"),
+        py::arg("has_min"), py::arg("gated"), "Bytes of the records of `neurons` neurons (models/format.md).");
+  m.def("pack_neurons", &pack_neurons_py, py::arg("kind"), py::arg("codes"), py::arg("scales"),
+        py::arg("mins").none(true), py::arg("group"), py::arg("gated"),
+        "Quantised records: rows gate 0, up 0, gate 1, up 1 ... where gated, else up 0, up 1 ...");
+  m.def("pack_neurons_float", &pack_neurons_float_py, py::arg("kind"), py::arg("values"), py::arg("gated"),
+        "Float records, values [rows, cols] in the same order.");
+  m.def("unpack_neurons", &unpack_neurons_py, py::arg("kind"), py::arg("data"), py::arg("neurons"), py::arg("cols"),
+        py::arg("group"), py::arg("has_min"), py::arg("gated"), "The weights of records, [rows, cols].");
 }
 
 }  // namespace sr

@@ -105,13 +105,15 @@ void bind_session(py::module_& m) {
            [](Session& self) {
              const Density d = self.density();
              py::dict out;
-             const char* names[] = {"A", "O", "M", "Z"};
-             for (int i = 0; i < 4; i++)
+             const char* names[] = {"A", "O", "M", "Z", "G"};
+             for (int i = 0; i < 5; i++)
                if (d.site[i] >= 0) out[names[i]] = d.site[i];
              if (d.body >= 0) out["body"] = d.body;
              return out;
            },
-           "Shares of columns kept by site, and of the layers' bytes read, since the last call.")
+           "Shares kept by site, and of the layers' bytes read, since the last call.")
+      .def("set_exact", &Session::set_exact, py::arg("on"),
+           "Whether decoding leaves out what the activation makes exactly 0 (the same bits); on by default.")
       .def("embed",
            [](Session& self, const py::array& tokens) {
              const std::vector<int32_t> ids = token_vector(tokens);
@@ -127,12 +129,13 @@ void bind_session(py::module_& m) {
              const py::ssize_t n = x.shape(0);
              py::array_t<float> out({n, py::ssize_t(self.n_embd())});
              py::dict tapped;
-             float* buffers[4] = {};
-             const char* names[] = {"A", "O", "M", "Z"};
-             for (int i = 0; taps && i < 4; i++) {
-               py::array_t<float> t({n, py::ssize_t(self.site_width(i))});
+             float* buffers[Session::kTapCount] = {};
+             for (int i = 0; taps && i < Session::kTapCount; i++) {
+               const int width = self.tap_width(i);
+               if (width == 0) continue;
+               py::array_t<float> t({n, py::ssize_t(width)});
                buffers[i] = t.mutable_data();
-               tapped[names[i]] = t;
+               tapped[Session::kTapNames[i]] = t;
              }
              const float* in = static_cast<const float*>(x.data());
              float* result = out.mutable_data();

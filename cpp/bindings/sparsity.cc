@@ -9,7 +9,7 @@
 namespace sr {
 
 void bind_sparsity(py::module_& m) {
-  py::class_<Sparsity>(m, "Sparsity", "Thresholds at the sites A, O, M and Z of every layer, bound to one model.")
+  py::class_<Sparsity>(m, "Sparsity", "Thresholds at the sites A, O, M, Z and G of every layer, bound to one model.")
       .def(py::init([](const PyModel& model, const py::dict& thresholds, int dense_tokens, float break_even) {
              auto plan = std::make_unique<Sparsity>(model.get(), dense_tokens, break_even);
              for (const auto& item : thresholds) {

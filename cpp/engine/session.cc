@@ -53,6 +53,8 @@ class InUse {
 
 }  // namespace
 
+static_assert(Session::kTapCount == kTaps, "names of taps");
+
 struct Session::Impl {
   Impl(std::shared_ptr<Model::Impl> m, int n)
       : model(std::move(m)),
@@ -73,11 +75,11 @@ struct Session::Impl {
     if (!has_logits) throw Error(ErrorCode::usage, "there are no logits: evaluate tokens first");
   }
 
-  Skipping skipping() { return {sparsity ? &sparsity->plan : nullptr, mask_prefill, &counts}; }
+  Skipping skipping() { return {sparsity ? &sparsity->plan : nullptr, mask_prefill, exact, &counts}; }
 
   std::shared_ptr<Model::Impl> model;
   std::shared_ptr<Sparsity::Impl> sparsity;
-  bool mask_prefill = false;
+  bool mask_prefill = false, exact = true;
   SiteCounts counts;
   int n_ctx;
   KvCache cache;
@@ -240,6 +242,11 @@ void Session::set_sparsity(const Sparsity* sparsity, bool mask_prefill) {
   impl_->mask_prefill = mask_prefill;
 }
 
+void Session::set_exact(bool on) {
+  InUse guard(&impl_->in_use);
+  impl_->exact = on;
+}
+
 Density Session::density() {
   InUse guard(&impl_->in_use);
   SiteCounts& c = impl_->counts;
@@ -274,12 +281,16 @@ void Session::run_layer(int layer, int pos, const float* x, int n, float* out, f
                                       " rows inside the context of " + std::to_string(s.n_ctx));
   }
   LayerRun run = {layer, x, out, {}};
-  for (int i = 0; taps && i < kSites; i++) run.taps[i] = taps[i];
+  for (int i = 0; taps && i < kTaps; i++) run.taps[i] = taps[i];
   s.model->decoder.run_layer(run, n, pos, &s.cache, s.skipping());
 }
 
 int Session::n_embd() const { return impl_->model->decoder.config().n_embd; }
-int Session::site_width(int site) const { return impl_->model->decoder.site_width(Site(site)); }
+int Session::tap_width(int tap) const {
+  const Decoder& d = impl_->model->decoder;
+  const bool of_gate = tap == int(Site::G) || tap == kTapUp;
+  return of_gate ? (d.config().ffn_gated ? d.config().n_ff : 0) : d.site_width(Site(tap));
+}
 
 int32_t Session::sample(Sampler* sampler) {
   InUse guard(&impl_->in_use);

@@ -8,7 +8,7 @@ namespace {
 Site site_of(const std::string& name) {
   for (int i = 0; i < kSites; i++)
     if (name == kSiteNames[i]) return Site(i);
-  throw Error(ErrorCode::usage, "unknown site '" + name + "'; thresholds are for A, O, M and Z");
+  throw Error(ErrorCode::usage, "unknown site '" + name + "'; thresholds are for A, O, M, Z and G");
 }
 
 }  // namespace
@@ -27,11 +27,8 @@ void Sparsity::set(const std::string& site, int layer, const float* thresholds, 
     throw Error(ErrorCode::usage, "layer " + std::to_string(layer) + " is not one of this model's " +
                                       std::to_string(impl_->plan.n_layers()));
   }
-  if (!impl_->model->decoder.site_quantised(layer, s)) {
-    throw Error(ErrorCode::usage, "site " + site + " of layer " + std::to_string(layer) +
-                                      " has weights in float, which are not skipped: convert the model with fewer bits "
-                                      "(sparse-run convert --bits)");
-  }
+  const std::string why = impl_->model->decoder.site_refusal(layer, s);
+  if (!why.empty()) throw Error(ErrorCode::usage, "site " + site + " of layer " + std::to_string(layer) + " " + why);
   impl_->plan.set(layer, s, thresholds, n);
 }
 

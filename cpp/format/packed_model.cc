@@ -27,6 +27,29 @@ int64_t member_int(const Json& j, const char* key) {
   return v->as_integer();
 }
 
+WeightKind kind_of(const Json& layout) {
+  const Json* kind = layout.find("kind");
+  for (const auto& k : kKinds) {
+    if (kind && kind->as_string() == k.name) return k.kind;
+  }
+  throw JsonError("has an unknown kind");
+}
+
+// Columns per scale and minima of a quantised kind, where `m` has such members.
+template <class Matrix>
+void read_scales(const Json& layout, Matrix* m) {
+  const int64_t group = member_int(layout, "group");
+  if (group != 32 && group != 16) throw JsonError("has an impossible group");
+  m->group = int(group);
+  const Json* min = layout.find("min");
+  m->has_min = min && min->as_bool();
+}
+
+bool is_layout(const Json& layout, const char* name) {
+  const Json* text = layout.find("layout");
+  return text && text->as_string() == name && member_int(layout, "version") == 1;
+}
+
 std::string shape_text(const std::vector<int64_t>& shape) {
   std::string s = "[";
   for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
@@ -69,50 +92,80 @@ bool PackedModel::has_matrix(const std::string& name) const {
   return weights_->find(name) || weights_->find(name + ".0");
 }
 
-PanelMatrix PackedModel::part(const std::string& tensor, const TensorView& view) const {
+Json PackedModel::layout_of(const std::string& tensor) const {
   const auto layout = weights_->metadata().find("layout:" + tensor);
   if (layout == weights_->metadata().end()) weights_->damaged(tensor + " has no layout");
+  try {
+    return Json::parse(layout->second);
+  } catch (const JsonError& e) {
+    weights_->damaged("the layout of " + tensor + " " + e.what());
+  }
+}
+
+void PackedModel::check_blob(const std::string& tensor, const TensorView& view, size_t bytes) const {
+  if (view.dtype != "U8") weights_->damaged(tensor + " must be of type U8");
+  if (view.bytes != bytes) {
+    weights_->damaged(tensor + " has " + std::to_string(view.bytes) + " bytes, its layout needs " +
+                      std::to_string(bytes));
+  }
+  if (view.file_offset % kTensorAlign) weights_->damaged(tensor + " does not begin at a multiple of 4096 bytes");
+}
+
+PanelMatrix PackedModel::part(const std::string& tensor, const TensorView& view) const {
   PanelMatrix m;
   try {
-    const Json j = Json::parse(layout->second);
-    const Json *name = j.find("layout"), *kind = j.find("kind");
-    if (!name || name->as_string() != "panels" || member_int(j, "version") != 1) {
+    const Json j = layout_of(tensor);
+    if (!is_layout(j, "panels")) {
       throw Error(ErrorCode::unsupported, weights_->path() + ": tensor " + tensor +
                                               " has a layout that this program does not know" + kAgain);
     }
-    bool known = false;
-    for (const auto& k : kKinds) {
-      if (kind && kind->as_string() == k.name) {
-        m.kind = k.kind;
-        known = true;
-      }
-    }
-    if (!known) throw JsonError("has an unknown kind");
+    m.kind = kind_of(j);
     const int64_t rows = member_int(j, "rows"), cols = member_int(j, "cols"), panel = member_int(j, "panel_rows");
     if (rows < 1 || rows > kMaxSide || cols < 1 || cols > kMaxSide) throw JsonError("has impossible sizes");
     if (panel < kTileRows || panel % kTileRows || panel > kMaxSide) throw JsonError("has an impossible panel_rows");
     m.rows = int(rows);
     m.cols = int(cols);
     m.panel_rows = int(panel);
-    if (is_quantised(m.kind)) {
-      const int64_t group = member_int(j, "group");
-      if (group != 32 && group != 16) throw JsonError("has an impossible group");
-      m.group = int(group);
-      const Json* min = j.find("min");
-      m.has_min = min && min->as_bool();
-    } else if (m.panel_rows != kTileRows) {
-      throw JsonError("has an impossible panel_rows");
-    }
+    if (is_quantised(m.kind)) read_scales(j, &m);
+    else if (m.panel_rows != kTileRows) throw JsonError("has an impossible panel_rows");
   } catch (const JsonError& e) {
     weights_->damaged("the layout of " + tensor + " " + e.what());
   }
-  if (view.dtype != "U8") weights_->damaged(tensor + " must be of type U8");
-  if (view.bytes != m.total_bytes()) {
-    weights_->damaged(tensor + " has " + std::to_string(view.bytes) + " bytes, its layout needs " +
-                      std::to_string(m.total_bytes()));
-  }
-  if (view.file_offset % kTensorAlign) weights_->damaged(tensor + " does not begin at a multiple of 4096 bytes");
+  check_blob(tensor, view, m.total_bytes());
   m.data = view.data;
+  return m;
+}
+
+bool PackedModel::has_neurons(const std::string& name) const {
+  if (!weights_->find(name)) return false;
+  try {
+    return is_layout(layout_of(name), "neurons");
+  } catch (const JsonError& e) {
+    weights_->damaged("the layout of " + name + " " + e.what());
+  }
+}
+
+NeuronMatrix PackedModel::neurons(const std::string& name, int64_t neurons, int64_t cols, bool gated) const {
+  const TensorView* view = weights_->find(name);
+  if (!view) weights_->damaged("tensor " + name + " is missing");
+  NeuronMatrix m;
+  try {
+    const Json j = layout_of(name);
+    m.kind = kind_of(j);
+    const Json* with_gate = j.find("gated");
+    if (member_int(j, "neurons") != neurons || member_int(j, "cols") != cols || !with_gate ||
+        with_gate->as_bool() != gated) {
+      throw JsonError("does not fit the configuration");
+    }
+    m.neurons = int(neurons);
+    m.cols = int(cols);
+    m.gated = gated;
+    if (is_quantised(m.kind)) read_scales(j, &m);
+  } catch (const JsonError& e) {
+    weights_->damaged("the layout of " + name + " " + e.what());
+  }
+  check_blob(name, *view, m.total_bytes());
+  m.data = view->data;
   return m;
 }
 

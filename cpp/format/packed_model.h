@@ -29,6 +29,9 @@ class PackedModel {
   bool has_matrix(const std::string& name) const;
   // The parts of NAME, rows and columns as expected or Error(model).
   std::vector<PanelMatrix> matrix(const std::string& name, int64_t rows, int64_t cols) const;
+  // Whether NAME is stored as records of neurons, and those records: as many and of such a form, or Error(model).
+  bool has_neurons(const std::string& name) const;
+  NeuronMatrix neurons(const std::string& name, int64_t neurons, int64_t cols, bool gated) const;
   // An F32 tensor of exactly this shape, or null when it is absent and not `required`.
   const float* vector(const std::string& name, const std::vector<int64_t>& shape, bool required) const;
 
@@ -37,6 +40,8 @@ class PackedModel {
 
  private:
   PanelMatrix part(const std::string& tensor, const TensorView& view) const;
+  Json layout_of(const std::string& tensor) const;
+  void check_blob(const std::string& tensor, const TensorView& view, size_t bytes) const;
 
   std::string directory_;
   std::string config_text_;

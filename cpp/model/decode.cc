@@ -27,7 +27,8 @@ void Decoder::decode(int tid, const Pass& pass) {
     rope_local_.fill(pass.pos, rope_table_local_.data());
   }
   for (int l = 0; l < c.n_layers; l++) {
-    const LayerWeights& w = weights_.layers[size_t(l)];
+    const LayerWeights& w = attention_weights(l);
+    if (tid == 0) count_held(pass, pass.pos, true, w.attn_qkv.bytes + w.attn_o.bytes);
     prepare_row(w.attn_norm, t.x.data(), w.attn_qkv, &t.in, 0);
     share(w.attn_qkv, masked(pass, tid, l, Site::A, &t.in), qkv_.data());
     pool_.barrier();
@@ -43,34 +44,30 @@ void Decoder::decode(int tid, const Pass& pass) {
     share(w.attn_o, masked(pass, tid, l, Site::O, &t.att), branch_o_.data());
     pool_.barrier();
 
-    prepare_ffn(w, branch_o_.data(), t.scratch.data(), t.x.data(), &t.in, 0);
-    const int begin = w.ffn_in.share[size_t(tid)] * kTileRows, end = w.ffn_in.share[size_t(tid) + 1] * kTileRows;
-    share(w.ffn_in, masked(pass, tid, l, Site::M, &t.in), gate_up_.data());
-    const int step = c.ffn_gated ? 2 * kTileRows : kTileRows;
-    for (int row = begin; row < end; row += step) {
-      float* gate = gate_up_.data() + row;
-      const int neuron = c.ffn_gated ? row / 2 : row;
-      activate(gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, z_.row(0) + neuron);
-    }
-    const int z_begin = c.ffn_gated ? begin / 2 : begin, z_end = c.ffn_gated ? end / 2 : end;
-    if (!w.ffn_sub_norm && w.ffn_down.quantised && z_end > z_begin) {
-      z_.quantise(0, z_begin, z_end - z_begin);
+    const LayerWeights& f = ffn_weights(l);
+    if (tid == 0) count_held(pass, pass.pos, true, f.ffn_bytes());
+    prepare_ffn(f, branch_o_.data(), t.scratch.data(), t.x.data(), &t.in, 0);
+    const NeuronShare neurons = neuron_share(tid, l);
+    if (f.ffn_rows) decode_neurons(tid, pass, l, neurons);
+    else decode_panels(tid, pass, l, neurons);
+    if (!f.ffn_sub_norm && f.ffn_down.quantised && neurons.end > neurons.begin) {
+      z_.quantise(0, neurons.begin, neurons.end - neurons.begin);
       const float* threshold = threshold_for(pass, l, Site::Z, pass.pos, true);
-      if (threshold) z_.select(0, threshold, z_begin, z_end - z_begin);
+      if (threshold) z_.select(0, threshold, neurons.begin, neurons.end - neurons.begin);
     }
     pool_.barrier();
 
-    if (w.ffn_sub_norm) {
-      norm_row(w.ffn_sub_norm, z_.row(0), c.n_ff, t.z.row(0));
-      if (w.ffn_down.quantised) t.z.quantise(0);
+    if (f.ffn_sub_norm) {
+      norm_row(f.ffn_sub_norm, z_.row(0), c.n_ff, t.z.row(0));
+      if (f.ffn_down.quantised) t.z.quantise(0);
     }
-    share(w.ffn_down, w.ffn_sub_norm ? masked(pass, tid, l, Site::Z, &t.z) : masked(pass, tid, l, Site::Z, &z_, true),
+    share(f.ffn_down, f.ffn_sub_norm ? masked(pass, tid, l, Site::Z, &t.z) : masked(pass, tid, l, Site::Z, &z_, true),
           branch_down_.data());
     if (tid == 0) leave_ = (*pass.should_stop)();
     pool_.barrier();
 
     if (leave_) return;
-    add_branch(branch_down_.data(), w.post_ffn_norm, t.scratch.data(), t.x.data());
+    add_branch(branch_down_.data(), f.post_ffn_norm, t.scratch.data(), t.x.data());
   }
   if (pass.which == Logits::none) return;
 
@@ -85,7 +82,7 @@ void Decoder::decode(int tid, const Pass& pass) {
 // the new key and value, which no other item reads.
 void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
   const DecoderConfig& c = config_;
-  const LayerWeights& w = weights_.layers[size_t(layer)];
+  const LayerWeights& w = attention_weights(layer);
   const Rope& rope = rope_of(layer);
   const float* table = (&rope == &rope_ ? rope_table_ : rope_table_local_).data();
   const bool rotate = c.rope_style != RopeStyle::none && c.rope_layers[size_t(layer)];

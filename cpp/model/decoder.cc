@@ -26,6 +26,7 @@ size_t scratch_bytes(const DecoderWeights& w) {
   look(w.head());
   for (const LayerWeights& l : w.layers) {
     for (const Linear* m : {&l.attn_qkv, &l.attn_o, &l.ffn_in, &l.ffn_down}) look(*m);
+    if (l.ffn_rows) most = std::max(most, rows_scratch_bytes(l.ffn_rows.m));
   }
   return most;
 }
@@ -45,12 +46,14 @@ Decoder::Decoder(const PackedModel& model, int threads)
   const int embd_rows = weights_.layers[0].attn_o.padded_rows();
   const size_t scratch = scratch_bytes(weights_);
   const size_t hd = size_t(c.head_dim);
+  const bool by_neuron = weights_.any_neuron_rows();
 
   for (int i = 0; i < threads; i++) {
     auto t = std::make_unique<Thread>();
     t->x.reset(size_t(c.n_embd), kWorkspace);
     t->scratch.reset(size_t(c.n_embd), kWorkspace);
-    t->in.reset(1, c.n_embd, kWorkspace);
+    t->in.reset(1, c.n_embd, kWorkspace, by_neuron);
+    t->kept_share.assign(size_t(c.n_layers), 0);
     t->att.reset(1, c.n_attn(), kWorkspace);
     t->q.reset(size_t(std::min(c.heads_per_kv(), kMaxQueries)) * hd, kWorkspace);
     t->k.reset(hd, kWorkspace);
@@ -72,9 +75,11 @@ Decoder::Decoder(const PackedModel& model, int threads)
   rope_table_local_.reset(size_t(c.rope_dims), kWorkspace);
   z_.reset(1, c.n_ff, kWorkspace);
 
+  if (by_neuron) survivors_.reset(size_t(c.n_ff), kWorkspace);
   // Inputs of down that are exactly 0 need no threshold to be skipped. After a sub-norm they are 0 still.
-  if (c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 || c.up_relu)
-    no_threshold_.reset(size_t(c.n_ff), kWorkspace);
+  no_threshold_.reset(size_t(c.n_ff), kWorkspace);
+  true_zeros_ = c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 ||
+                c.up_relu;
 
   block_ = std::make_unique<Block>();
   Block& b = *block_;
@@ -82,7 +87,7 @@ Decoder::Decoder(const PackedModel& model, int threads)
   b.ld_qkv = size_t(qkv_rows);
   b.ld_branch = size_t(embd_rows);
   b.x.reset(rows * size_t(c.n_embd), kWorkspace);
-  b.in.reset(kMaxBlock, c.n_embd, kWorkspace);
+  b.in.reset(kMaxBlock, c.n_embd, kWorkspace, by_neuron);
   b.att.reset(kMaxBlock, c.n_attn(), kWorkspace);
   b.z.reset(kMaxBlock, c.n_ff, kWorkspace);
   b.qkv.reset(rows * b.ld_qkv, kWorkspace);
@@ -178,18 +183,18 @@ void Decoder::prepare_row(const Norm& norm, const float* x, const Linear& w, Inp
 }
 
 // The attention branch is added to x, and what the FFN multiplies is made: of x after that, or, in a parallel block, of
-// x before it (where both branches share one norm, row holds it already).
+// x before it (where both branches share one norm, row holds it already, its int8 form perhaps masked for attention).
 void Decoder::prepare_ffn(const LayerWeights& w, const float* branch, float* scratch, float* x, InputBuffer* in,
                           int row) const {
-  if (config_.parallel_block) {
-    if (w.ffn_norm) {
-      prepare_row(w.ffn_norm, x, w.ffn_in, in, row);
-    } else if (w.ffn_in.quantised && !w.attn_qkv.quantised) {
-      in->quantise(row);
-    }
-  }
+  const auto prepare = [&] {
+    if (!config_.parallel_block || w.ffn_norm) norm_row(w.ffn_norm, x, config_.n_embd, in->row(row));
+    if (!w.ffn_in_quantised()) return;
+    in->quantise(row);
+    if (w.ffn_rows) in->order(row);
+  };
+  if (config_.parallel_block) prepare();
   add_branch(branch, w.post_attn_norm, scratch, x);
-  if (!config_.parallel_block) prepare_row(w.ffn_norm, x, w.ffn_in, in, row);
+  if (!config_.parallel_block) prepare();
 }
 
 // z = act(gate) * up, or act(gate) where up is null. Changes gate and up where the activation is more than a kernel's.
@@ -198,10 +203,14 @@ void Decoder::activate(float* gate, float* up, int n, float* z) const {
   if (cut > 0) {
     for (int i = 0; i < n; i++) gate[i] = gate[i] < cut ? 0 : gate[i];
   }
-  if (config_.up_relu) {
-    for (int i = 0; i < n; i++) up[i] = up[i] < 0 ? 0 : up[i];
-  }
+  if (up) activate_up(up, n);
   kernels().activate(config_.activation, gate, up, n, z);
+}
+
+// What multiplies act(gate), in place.
+void Decoder::activate_up(float* up, int n) const {
+  if (!config_.up_relu) return;
+  for (int i = 0; i < n; i++) up[i] = up[i] < 0 ? 0 : up[i];
 }
 
 void Decoder::rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const {

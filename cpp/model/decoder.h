@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "base/thread_pool.h"
@@ -29,15 +30,20 @@ enum class Logits : uint8_t {
 struct Skipping {
   const SparsityPlan* plan = nullptr;  // null: nothing but exact zeros
   bool mask_blocks = false;            // blocks of tokens are masked too, from plan->dense_tokens() on
+  bool exact = true;                   // in decode, up rows and down columns of neurons that are exactly 0 are left out
   SiteCounts* counts = nullptr;
 };
+
+// What a single layer's run can show: the inputs of the sites before masking, and up, which multiplies G to make Z.
+constexpr int kTaps = kSites + 1;
+constexpr int kTapUp = kSites;
 
 // One layer alone, for calibration.
 struct LayerRun {
   int layer;
   const float* x;     // [n, n_embd] in
   float* out;         // [n, n_embd]
-  float* taps[kSites];  // inputs of the sites before masking, [n, width]; null: not wanted
+  float* taps[kTaps];  // [n, width]; null: not wanted
 };
 
 class Decoder {
@@ -63,9 +69,9 @@ class Decoder {
   void embed(const int32_t* tokens, int n, int pos, float* out) const;
   // n <= kMaxBlock rows through one layer, at positions pos, pos + 1 ...; earlier positions must have been run before.
   void run_layer(const LayerRun& run, int n, int pos, KvCache* cache, const Skipping& skipping);
-  // Inputs of a site, and whether its matrices in this layer are all quantised (only these can skip).
   int site_width(Site site) const;
-  bool site_quantised(int layer, Site site) const;
+  // Why thresholds of a site cannot work in this layer, to follow "site X of layer N"; empty where they can.
+  std::string site_refusal(int layer, Site site) const;
 
  private:
   struct Thread;
@@ -82,11 +88,24 @@ class Decoder {
     const LayerRun* one = nullptr;  // a single layer instead of all
   };
 
+  // Neurons of one thread: [begin, end), multiples of 64.
+  struct NeuronShare {
+    int begin, end;
+  };
+
   void decode(int tid, const Pass& pass);
+  void decode_panels(int tid, const Pass& pass, int layer, NeuronShare share);
+  void decode_neurons(int tid, const Pass& pass, int layer, NeuronShare share);
+  NeuronShare neuron_share(int tid, int layer) const;
   void decode_attention(Thread& t, const Pass& pass, int layer);
   void gather_attention(int tid, Thread& t, int layer, int pos);
   void prefill(int tid, const Pass& pass);
   void prefill_attention(Thread& t, const Pass& pass, int layer, int item, int row_begin);
+  void prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, int row_begin, int row_end);
+
+  // Every pass takes a layer's weights from here, once before its attention and once before its FFN.
+  const LayerWeights& attention_weights(int layer) const { return weights_.layers[size_t(layer)]; }
+  const LayerWeights& ffn_weights(int layer) const { return weights_.layers[size_t(layer)]; }
 
   // Rows: the operations on one token's vector.
   void embed_row(int32_t token, int pos, float* x) const;
@@ -96,15 +115,25 @@ class Decoder {
   void prepare_ffn(const LayerWeights& w, const float* branch, float* scratch, float* x, InputBuffer* in,
                    int row) const;
   void activate(float* gate, float* up, int n, float* z) const;
+  void activate_up(float* up, int n) const;
   void rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const;
   // Thresholds of a site for the token at pos, or null. Decode: also those of exact zeros.
   const float* threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const;
   const Linear& matrix_of(int layer, Site site) const;
+  bool site_quantised(int layer, Site site) const;
+  // Whether neurons that are exactly 0 are looked for in decode.
+  bool skips_zeros(const Pass& pass) const { return pass.skipping.exact && true_zeros_; }
+  // Bytes of a layer's attention or FFN that a token which may skip some of them would read without skipping.
+  void count_held(const Pass& pass, int pos, bool decode, size_t bytes) const;
   void count_kept(const Pass& pass, int layer, Site site, int kept) const;
+  // Share of columns or neurons above which leaving out the others does not pay.
+  float break_even(const Pass& pass) const;
+  void count_neurons(const Pass& pass, const NeuronRows& w, int kept, int offered, bool skipped) const;
   // What w multiplies in decode: `in`, its columns listed where fewer are kept than the break-even.
   Input masked(const Pass& pass, int tid, int layer, Site site, InputBuffer* in, bool selected = false) const;
   void mask_row(const Pass& pass, int layer, Site site, int row, InputBuffer* in) const;
   void tap(const Pass& pass, Site site, int row, const InputBuffer& in) const;
+  void tap_neurons(const Pass& pass, int tap, int row, int begin, int count, const float* values) const;
   void finish_logits(float* logits, int begin, int end);
   int first_key(int layer, int pos) const;
   const Rope& rope_of(int layer) const { return config_.window[size_t(layer)] ? rope_local_ : rope_; }
@@ -125,7 +154,9 @@ class Decoder {
   int partial_chunks_ = 0;
   AlignedBuffer<float> partial_out_, partial_max_, partial_sum_;
   WorkCounter counter_[2];
-  AlignedBuffer<float> no_threshold_;  // [n_ff] zeros, where the activation gives true zeros
+  AlignedBuffer<int32_t> survivors_;   // [n_ff] neurons of each thread's share whose up rows are wanted
+  AlignedBuffer<float> no_threshold_;  // [n_ff] zeros
+  bool true_zeros_ = false;            // the activation gives exact zeros
   bool leave_ = false;
   std::atomic<bool> not_finite_{false};
 };

@@ -5,6 +5,11 @@
 
 namespace sr {
 
+// `local` seen as the array whose elements from `begin` on it holds: kernels index outputs by row of the matrix.
+inline float* indexed_from(float* local, size_t begin) {
+  return reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(local) - begin * sizeof(float));
+}
+
 // Every thread keeps its own copy of the residual stream in decode, so that norms need no barrier of their own.
 struct Decoder::Thread {
   AlignedBuffer<float> x;        // [n_embd]
@@ -16,6 +21,7 @@ struct Decoder::Thread {
   AlignedBuffer<float> qk;       // [n_attn + n_kv]: q and k after a norm over all heads; empty where there is none
   InputBuffer z;                 // 1 row of n_ff: what down multiplies after a norm of its own; else empty
   AlignedBuffer<uint16_t> half;  // [head_dim]
+  std::vector<float> kept_share; // [n_layers] share of this thread's neurons that the last token kept
   AlignedBuffer<char> attend_scratch;
   // Prefill only; pages that decode never touches.
   AlignedBuffer<float> tile;     // [kMaxBlock, 2 tiles]: gate and up of one pair

@@ -9,7 +9,7 @@
 
 namespace sr {
 
-void InputBuffer::reset(int n, int width, const char* what) {
+void InputBuffer::reset(int n, int width, const char* what, bool rows) {
   width_ = width;
   padded_ = (width + kSlabCols - 1) / kSlabCols * kSlabCols;
   const size_t total = size_t(n) * padded_;
@@ -19,6 +19,24 @@ void InputBuffer::reset(int n, int width, const char* what) {
   sum_.reset(2 * (total / kSlabCols), what);
   cols_.reset(total, what);
   count_.reset(total / kSlabCols, what);
+  if (!rows) return;
+  stripes_ = (padded_ + kStripeCols - 1) / kStripeCols;
+  const size_t stripes = size_t(n) * stripes_;
+  ordered_q_.reset(stripes * kStripeCols, what);
+  ordered_scale_.reset(stripes * kRowLanes, what);
+  ordered_sum_.reset(stripes * 2 * kRowLanes, what);
+}
+
+void InputBuffer::order(int i) {
+  const size_t at = size_t(i) * stripes_;
+  order_for_rows(input(i).q, width_, ordered_q_.data() + at * kStripeCols, ordered_scale_.data() + at * kRowLanes,
+                 ordered_sum_.data() + at * 2 * kRowLanes);
+}
+
+RowVector InputBuffer::ordered(int i) const {
+  const size_t at = size_t(i) * stripes_;
+  return {ordered_q_.data() + at * kStripeCols, ordered_scale_.data() + at * kRowLanes,
+          ordered_sum_.data() + at * 2 * kRowLanes};
 }
 
 void InputBuffer::select(int i, const float* threshold, int begin, int count) {

@@ -22,11 +22,15 @@ struct Input {
 // Room for n vectors of `width` inputs, fp32 and int8; ldx is the width padded to whole slabs.
 class InputBuffer {
  public:
-  void reset(int n, int width, const char* what);
+  // rows: with room for the form that the rows of neurons multiply.
+  void reset(int n, int width, const char* what, bool rows = false);
   float* row(int i) { return x_.data() + size_t(i) * padded_; }
   // Makes the int8 form of row i, or of the 32-aligned stretch [begin, begin + count) of it.
   void quantise(int i) { quantise(i, 0, width_); }
   void quantise(int i, int begin, int count);
+  // After quantise: makes the form of row i that the rows of neurons multiply.
+  void order(int i);
+  RowVector ordered(int i) const;  // from row i on
   Input input(int row = 0) const;  // from this row on
   // After quantise: keeps what exceeds its threshold [width], in the 32-aligned stretch [begin, begin + count).
   void select(int i, const float* threshold, int begin, int count);
@@ -36,12 +40,16 @@ class InputBuffer {
   int width() const { return width_; }
 
  private:
-  int width_ = 0, padded_ = 0;
+  int width_ = 0, padded_ = 0, stripes_ = 0;
   AlignedBuffer<float> x_;
   AlignedBuffer<int8_t> q_;
   AlignedBuffer<float> scale_;
   AlignedBuffer<int32_t> sum_;
   AlignedBuffer<uint8_t> cols_, count_;  // of select
+  // Of order; without room for it they are empty.
+  AlignedBuffer<int8_t> ordered_q_;
+  AlignedBuffer<float> ordered_scale_;
+  AlignedBuffer<int32_t> ordered_sum_;
 };
 
 struct Linear {

@@ -10,11 +10,6 @@
 namespace sr {
 namespace {
 
-// `local` seen as the array whose elements from `begin` on it holds: kernels index outputs by row of the matrix.
-float* indexed_from(float* local, size_t begin) {
-  return reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(local) - begin * sizeof(float));
-}
-
 // Into how many row ranges a tile's work is cut, so that few tiles still divide well among the threads: of nine tiles
 // on two threads one thread does five. Each range unpacks the tile anew, about a twentieth of its work. 256 tokens of a
 // 135M model on two threads: 3% faster.
@@ -78,11 +73,12 @@ void Decoder::prefill(int tid, const Pass& pass) {
   int from = 0;  // rows before it are done: their keys and values are all that is still wanted
   const int first_layer = pass.one ? pass.one->layer : 0, last_layer = pass.one ? first_layer + 1 : c.n_layers;
   for (int l = first_layer; l < last_layer; l++) {
-    const LayerWeights& w = weights_.layers[size_t(l)];
+    const LayerWeights& w = attention_weights(l);
     const Rope& rope = rope_of(l);
     const float* tables = (&rope == &rope_ ? b.rope_table : b.rope_table_local).data();
     const bool rotate = c.rope_style != RopeStyle::none && c.rope_layers[size_t(l)];
     for_rows(0, [&](int i) {
+      count_held(pass, pass.pos + i, false, w.attn_qkv.bytes);
       prepare_row(w.attn_norm, x_row(i), w.attn_qkv, &b.in, i);
       mask_row(pass, l, Site::A, i, &b.in);
     });
@@ -127,40 +123,33 @@ void Decoder::prefill(int tid, const Pass& pass) {
     multiply(w.attn_o, b.att, b.branch_o.data(), b.ld_branch, from);
     pool_.barrier();
 
+    const LayerWeights& f = ffn_weights(l);
     for_rows(from, [&](int i) {
-      prepare_ffn(w, branch_row(b.branch_o, i), t.scratch.data(), x_row(i), &b.in, i);
+      count_held(pass, pass.pos + i, false, w.attn_o.bytes + f.ffn_bytes());
+      prepare_ffn(f, branch_row(b.branch_o, i), t.scratch.data(), x_row(i), &b.in, i);
       mask_row(pass, l, Site::M, i, &b.in);
     });
     pool_.barrier();
-    const int step = c.ffn_gated ? 2 : 1;
-    for_tiles(w.ffn_in.tiles() / step, from, [&](int unit, int begin, int end) {
-      const int tile = unit * step, ld = step * kTileRows;
-      gemm(w.ffn_in, b.in.input(begin), end - begin, tile, tile + step,
-           indexed_from(t.tile.data(), size_t(tile) * kTileRows), size_t(ld), t.gemm_scratch.data());
-      for (int i = begin; i < end; i++) {
-        float* gate = t.tile.data() + size_t(i - begin) * ld;
-        activate(gate, c.ffn_gated ? gate + kTileRows : nullptr, kTileRows, b.z.row(i) + unit * kTileRows);
-        if (w.ffn_down.quantised && !w.ffn_sub_norm) b.z.quantise(i, unit * kTileRows, kTileRows);
-      }
-    });
+    for_tiles(c.n_ff / kTileRows, from,
+              [&](int unit, int begin, int end) { prefill_neurons(t, pass, l, unit, begin, end); });
     pool_.barrier();
-    if (w.ffn_sub_norm || pass.one || (pass.skipping.plan && pass.skipping.mask_blocks)) {
+    if (f.ffn_sub_norm || pass.one || (pass.skipping.plan && pass.skipping.mask_blocks)) {
       for_rows(from, [&](int i) {
-        if (w.ffn_sub_norm) {
-          norm_row(w.ffn_sub_norm, b.z.row(i), c.n_ff, b.z.row(i));
-          if (w.ffn_down.quantised) b.z.quantise(i);
+        if (f.ffn_sub_norm) {
+          norm_row(f.ffn_sub_norm, b.z.row(i), c.n_ff, b.z.row(i));
+          if (f.ffn_down.quantised) b.z.quantise(i);
         }
         mask_row(pass, l, Site::Z, i, &b.z);
       });
       pool_.barrier();
     }
-    multiply(w.ffn_down, b.z, b.branch_down.data(), b.ld_branch, from);
+    multiply(f.ffn_down, b.z, b.branch_down.data(), b.ld_branch, from);
     if (tid == 0) leave_ = (*pass.should_stop)();
     pool_.barrier();
 
     if (leave_) return;
     for_rows(from, [&](int i) {
-      add_branch(branch_row(b.branch_down, i), w.post_ffn_norm, t.scratch.data(), x_row(i));
+      add_branch(branch_row(b.branch_down, i), f.post_ffn_norm, t.scratch.data(), x_row(i));
     });
     // The same thread goes on with the same rows, unless fewer rows are left: then another may have them.
     if (from > 0) pool_.barrier();
@@ -199,7 +188,7 @@ void Decoder::prefill_attention(Thread& t, const Pass& pass, int layer, int item
   const DecoderConfig& c = config_;
   const int hd = c.head_dim, head = item % c.n_heads, kv_head = head / c.heads_per_kv();
   const int begin = row_begin + item / c.n_heads * kMaxQueries, count = std::min(kMaxQueries, pass.n - begin);
-  const int q_at = weights_.layers[size_t(layer)].head_at[size_t(head)];
+  const int q_at = attention_weights(layer).head_at[size_t(head)];
   float row_max[kMaxQueries], row_sum[kMaxQueries];
   int firsts[kMaxQueries], lasts[kMaxQueries];
   bool empty[kMaxQueries];

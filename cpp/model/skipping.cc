@@ -17,18 +17,18 @@ constexpr float kExactBreakEven = 0.85f;
 int Decoder::site_width(Site site) const {
   switch (site) {
     case Site::O: return config_.n_attn();
-    case Site::Z: return config_.n_ff;
+    case Site::Z:
+    case Site::G: return config_.n_ff;
     default: return config_.n_embd;
   }
 }
 
 const Linear& Decoder::matrix_of(int layer, Site site) const {
-  const LayerWeights& w = weights_.layers[size_t(layer)];
   switch (site) {
-    case Site::A: return w.attn_qkv;
-    case Site::O: return w.attn_o;
-    case Site::M: return w.ffn_in;
-    default: return w.ffn_down;
+    case Site::A: return attention_weights(layer).attn_qkv;
+    case Site::O: return attention_weights(layer).attn_o;
+    case Site::M: return ffn_weights(layer).ffn_in;
+    default: return ffn_weights(layer).ffn_down;
   }
 }
 
@@ -37,13 +37,46 @@ bool Decoder::site_quantised(int layer, Site site) const {
   return w.quantised && !w.floating;
 }
 
+std::string Decoder::site_refusal(int layer, Site site) const {
+  const bool by_neuron = bool(weights_.layers[size_t(layer)].ffn_rows);
+  if (site == Site::M && by_neuron) {
+    return "needs gate and up by columns, this model has them by neuron: convert it again with "
+           "sparse-run convert --layout panels";
+  }
+  if (site == Site::G && !config_.ffn_gated) return "needs a gate, which this model's FFN does not have: use site Z";
+  if (site == Site::G && !by_neuron) {
+    return "needs gate and up by neuron, this model has them by columns: convert it again with "
+           "sparse-run convert --layout neurons";
+  }
+  if (site != Site::G && !site_quantised(layer, site)) {
+    return "has weights in float, which are not skipped: convert the model with fewer bits (sparse-run convert --bits)";
+  }
+  return "";
+}
+
 const float* Decoder::threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const {
   const SparsityPlan* plan = pass.skipping.plan;
-  if (plan && (decode || pass.skipping.mask_blocks) && pos >= plan->dense_tokens()) {
+  const bool planned = plan && (decode || pass.skipping.mask_blocks) && pos >= plan->dense_tokens();
+  if (planned) {
     if (const float* t = plan->threshold(layer, site)) return t;
   }
-  if (decode && site == Site::Z && no_threshold_.size() && site_quantised(layer, site)) return no_threshold_.data();
+  // Neurons that were left out, or are exactly 0, need no column of down.
+  const bool zeros = decode && (skips_zeros(pass) || (planned && plan->threshold(layer, Site::G)));
+  if (zeros && site == Site::Z && site_quantised(layer, site)) return no_threshold_.data();
   return nullptr;
+}
+
+float Decoder::break_even(const Pass& pass) const {
+  return pass.skipping.plan ? pass.skipping.plan->break_even() : kExactBreakEven;
+}
+
+void Decoder::count_held(const Pass& pass, int pos, bool decode, size_t bytes) const {
+  SiteCounts* counts = pass.skipping.counts;
+  const SparsityPlan* plan = pass.skipping.plan;
+  const bool planned = plan && (decode || pass.skipping.mask_blocks) && pos >= plan->dense_tokens();
+  if (!counts || !(planned || (decode && skips_zeros(pass)))) return;
+  counts->bytes_held.fetch_add(int64_t(bytes), std::memory_order_relaxed);
+  counts->bytes_read.fetch_add(int64_t(bytes), std::memory_order_relaxed);
 }
 
 void Decoder::count_kept(const Pass& pass, int layer, Site site, int kept) const {
@@ -53,17 +86,22 @@ void Decoder::count_kept(const Pass& pass, int layer, Site site, int kept) const
   const int width = w.cols;
   counts->kept[size_t(site)].fetch_add(kept, std::memory_order_relaxed);
   counts->offered[size_t(site)].fetch_add(width, std::memory_order_relaxed);
-  const float limit = pass.skipping.plan ? pass.skipping.plan->break_even() : kExactBreakEven;
-  size_t read = w.bytes;
-  if (float(kept) <= limit * float(width)) {
-    read = 0;
-    for (const PanelMatrix& m : w.parts) {
-      const size_t heads = size_t(m.slabs()) * m.slab_head_bytes(m.padded_rows());
-      read += heads + size_t(double(m.total_bytes() - heads) * kept / width);
-    }
+  if (float(kept) > break_even(pass) * float(width)) return;
+  size_t saved = 0;
+  for (const PanelMatrix& m : w.parts) {
+    const size_t heads = size_t(m.slabs()) * m.slab_head_bytes(m.padded_rows());
+    saved += size_t(double(m.total_bytes() - heads) * (width - kept) / width);
   }
-  counts->bytes_read.fetch_add(int64_t(read), std::memory_order_relaxed);
-  counts->bytes_held.fetch_add(int64_t(w.bytes), std::memory_order_relaxed);
+  counts->bytes_read.fetch_sub(int64_t(saved), std::memory_order_relaxed);
+}
+
+void Decoder::count_neurons(const Pass& pass, const NeuronRows& w, int kept, int offered, bool skipped) const {
+  SiteCounts* counts = pass.skipping.counts;
+  if (!counts) return;
+  counts->kept[size_t(Site::G)].fetch_add(kept, std::memory_order_relaxed);
+  counts->offered[size_t(Site::G)].fetch_add(offered, std::memory_order_relaxed);
+  const int64_t saved = int64_t(offered - kept) * int64_t(w.m.row_bytes());
+  if (skipped) counts->bytes_read.fetch_sub(saved, std::memory_order_relaxed);
 }
 
 Input Decoder::masked(const Pass& pass, int tid, int layer, Site site, InputBuffer* in, bool selected) const {
@@ -73,9 +111,7 @@ Input Decoder::masked(const Pass& pass, int tid, int layer, Site site, InputBuff
   if (!selected) in->select(0, threshold, 0, in->width());
   const int kept = in->kept(0);
   if (tid == 0) count_kept(pass, layer, site, kept);
-  const float limit = threshold == no_threshold_.data() || !pass.skipping.plan ? kExactBreakEven
-                                                                              : pass.skipping.plan->break_even();
-  if (float(kept) <= limit * float(in->width())) x.active = in->active(0);
+  if (float(kept) <= break_even(pass) * float(in->width())) x.active = in->active(0);
   return x;
 }
 
@@ -91,6 +127,11 @@ void Decoder::tap(const Pass& pass, Site site, int row, const InputBuffer& in) c
   if (!pass.one || !pass.one->taps[size_t(site)]) return;
   const size_t width = size_t(in.width());
   std::memcpy(pass.one->taps[size_t(site)] + size_t(row) * width, in.input(row).x, width * sizeof(float));
+}
+
+void Decoder::tap_neurons(const Pass& pass, int tap, int row, int begin, int count, const float* values) const {
+  if (!pass.one || !pass.one->taps[tap]) return;
+  std::copy_n(values, count, pass.one->taps[tap] + size_t(row) * size_t(config_.n_ff) + begin);
 }
 
 void Decoder::embed(const int32_t* tokens, int n, int pos, float* out) const {

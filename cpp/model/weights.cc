@@ -31,12 +31,17 @@ LayerWeights load_layer(const PackedModel& model, const DecoderConfig& c, const 
 
   l.attn_qkv = load_linear(model, at + "attn_qkv", c.n_qkv(), c.n_embd, c.head_dim);
   l.attn_o = load_linear(model, at + "attn_o", c.n_embd, c.n_attn(), kTileRows);
-  l.ffn_in = c.ffn_gated ? load_linear(model, at + "ffn_gate_up", 2 * c.n_ff, c.n_embd, 2 * kTileRows)
-                         : load_linear(model, at + "ffn_up", c.n_ff, c.n_embd, kTileRows);
+  const std::string ffn_in = at + (c.ffn_gated ? "ffn_gate_up" : "ffn_up");
+  if (model.has_neurons(ffn_in)) {
+    l.ffn_rows = load_neuron_rows(model, ffn_in, c.n_ff, c.n_embd, c.ffn_gated);
+  } else {
+    const int each = c.ffn_gated ? 2 : 1;
+    l.ffn_in = load_linear(model, ffn_in, each * c.n_ff, c.n_embd, each * kTileRows);
+    set_shares(&l.ffn_in, threads, each);
+  }
   l.ffn_down = load_linear(model, at + "ffn_down", c.n_embd, c.n_ff, kTileRows);
   set_shares(&l.attn_qkv, threads, 1);
   set_shares(&l.attn_o, threads, 1);
-  set_shares(&l.ffn_in, threads, c.ffn_gated ? 2 : 1);
   set_shares(&l.ffn_down, threads, 1);
   for (int h = 0; h < c.n_heads + 2 * c.n_kv_heads; h++) {
     l.head_at.push_back(l.attn_qkv.output_index(h * c.head_dim));

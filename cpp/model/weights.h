@@ -5,6 +5,7 @@
 
 #include "model/decoder_config.h"
 #include "model/linear.h"
+#include "model/neuron_rows.h"
 
 namespace sr {
 
@@ -22,9 +23,14 @@ struct LayerWeights {
   Norm q_norm, k_norm;                 // often absent; over head_dim, or over all heads (QkNorm::full)
   Norm attn_sub_norm, ffn_sub_norm;    // before o and before down (BitNet), mostly absent
   Linear attn_qkv, attn_o;
+  // What feeds the FFN's neurons, in one of two layouts; the other one is empty.
   Linear ffn_in;                       // gate_up interleaved in blocks of 64 rows when gated, else up
+  NeuronRows ffn_rows;
   Linear ffn_down;
   std::vector<int> head_at;            // [n_heads + 2 n_kv_heads] where a head's rows begin in attn_qkv's output
+
+  bool ffn_in_quantised() const { return ffn_rows ? ffn_rows.quantised() : ffn_in.quantised; }
+  size_t ffn_bytes() const { return ffn_in.bytes + ffn_rows.bytes + ffn_down.bytes; }
 };
 
 struct DecoderWeights {
@@ -38,6 +44,12 @@ struct DecoderWeights {
   std::vector<LayerWeights> layers;
   size_t bytes_per_token = 0;            // what one decoded token reads
 
+  bool any_neuron_rows() const {
+    for (const LayerWeights& l : layers) {
+      if (l.ffn_rows) return true;
+    }
+    return false;
+  }
   const Linear& head() const { return output.empty() ? token_embd : output; }
 };
 

@@ -10,10 +10,10 @@
 
 namespace sr {
 
-// The sites of magnitude thresholds; G, N and H choose neurons and heads, not columns.
-enum class Site : uint8_t { A, O, M, Z };
-constexpr int kSites = 4;
-constexpr const char* kSiteNames[kSites] = {"A", "O", "M", "Z"};
+// The sites of magnitude thresholds. A, O, M and Z choose columns; G chooses neurons by |act(gate)|.
+enum class Site : uint8_t { A, O, M, Z, G };
+constexpr int kSites = 5;
+constexpr const char* kSiteNames[kSites] = {"A", "O", "M", "Z", "G"};
 
 // Immutable once built; shared by sessions.
 class SparsityPlan {
@@ -41,7 +41,7 @@ class SparsityPlan {
   std::vector<AlignedBuffer<float>> thresholds_;
 };
 
-// Columns kept and offered, and bytes read and held, of the vectors that a plan masked.
+// Columns or neurons kept and offered where something was to be skipped, and bytes read and held of the layers of such tokens.
 struct SiteCounts {
   std::array<std::atomic<int64_t>, kSites> kept{}, offered{};
   std::atomic<int64_t> bytes_read{0}, bytes_held{0};

@@ -41,6 +41,28 @@ def pack_panel_float(kind: str, values: NDArray[np.float32]) -> NDArray[np.uint8
 def unpack_panel(kind: str, data: NDArray[np.uint8], rows: int, cols: int, group: int, has_min: bool) -> NDArray[np.float32]:
     """The weights of one panel [rows, cols]; inverse of the packers (tests, checks)."""
 
+def neuron_bytes(kind: str, neurons: int, cols: int, group: int, has_min: bool, gated: bool) -> int:
+    """Bytes of the records of `neurons` neurons (models/format.md, layout `neurons`)."""
+
+def pack_neurons(
+    kind: str,
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float16],
+    mins: NDArray[np.float16] | None,
+    group: int,
+    gated: bool,
+) -> NDArray[np.uint8]:
+    """Quantised records from rows gate 0, up 0, gate 1, up 1 ... where gated, else up 0, up 1 ...: codes [rows, cols]
+    unsigned, scales and mins [rows, ceil(cols / group)] -> their bytes."""
+
+def pack_neurons_float(kind: str, values: NDArray[np.float32], gated: bool) -> NDArray[np.uint8]:
+    """Float records, values [rows, cols] in the same order -> their bytes."""
+
+def unpack_neurons(
+    kind: str, data: NDArray[np.uint8], neurons: int, cols: int, group: int, has_min: bool, gated: bool
+) -> NDArray[np.float32]:
+    """The weights of records [rows, cols], in the packers' order (tests, checks)."""
+
 class Model:
     """A mapped packed model, shared by sessions; owns the thread pool."""
 
@@ -86,9 +108,12 @@ class Sampler:
     def reset(self) -> None: ...
 
 class Sparsity:
-    """Thresholds at the sites A, O, M and Z (shared design: words), bound to one model; shared by sessions, immutable.
+    """Thresholds at the sites A, O, M, Z and G, bound to one model; shared by sessions, immutable.
 
-    An input j of a site is kept iff |x[j]| > threshold[j]. Prefill and the positions before `dense_tokens` stay dense."""
+    An input j of A, O, M or Z is kept iff |x[j]| > threshold[j]. G chooses neurons: neuron j is kept iff
+    |act(gate)[j]| > threshold[j]; of the others neither the up row nor the column of down is read, their z is 0. M needs
+    the layout `panels` and G needs `neurons` (`sparse-run convert --layout`). Prefill and the positions before
+    `dense_tokens` stay dense."""
 
     def __init__(
         self,
@@ -98,8 +123,9 @@ class Sparsity:
         break_even: float = 0.9,
     ) -> None:
         """thresholds: site letter -> one entry a layer: None (dense) or [width] or [1] thresholds >= 0, not NaN; widths:
-        A, M: n_embd; O: n_heads * head_dim; Z: n_ff. `break_even`: density above which a product runs dense (on the masked
-        input: the same bits). Raises UsageError on a wrong site, shape or value, and where a site's matrix is float."""
+        A, M: n_embd; O: n_heads * head_dim; Z, G: n_ff. `break_even`: density above which a product runs dense (on the
+        masked input: the same bits). Raises UsageError on a wrong site, shape or value, where a site's matrix is float (not
+        G), and where the layout of the FFN does not allow the site, with the layout that does."""
     @property
     def dense_tokens(self) -> int: ...
 
@@ -130,15 +156,20 @@ class Session:
         """From now on decoding skips by `plan`. mask_prefill: blocks of tokens are masked as well, from position
         plan.dense_tokens on (dense products on masked inputs: the bits of sparse decoding, at prefill's speed)."""
     def density(self) -> dict[str, float]:
-        """Share of columns kept since the last call, by site ("A", "O", "M", "Z"; sites that masked nothing are absent), and
-        "body": share of the bytes of all layers' matrices that was read. Resets the counters."""
+        """Shares kept since the last call, by site: of columns ("A", "O", "M", "Z") or neurons ("G", thresholds or exact
+        zeros); sites where nothing was to be skipped are absent. "body": share of the bytes of the layers' matrices that was
+        read, over the tokens of which some could have been skipped. Resets the counters."""
+    def set_exact(self, on: bool) -> None:
+        """Whether decoding leaves out what an activation with true zeros (ReLU, its square, FATReLU, dReLU) makes exactly
+        0: up rows and columns of down (with panels: columns of down only). The same bits; on by default."""
     def embed(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """The residual stream before the first layer, [n, n_embd]."""
     def run_layer(
         self, layer: int, pos: int, x: NDArray[np.float32], taps: bool = False
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         """One layer alone: x [n <= 256, n_embd] at positions pos, pos + 1 ... -> the stream after the layer, [n, n_embd],
-        and with `taps` the inputs of its sites before masking, {"A": [n, n_embd], "O", "M", "Z"}. Uses the cache's memory
+        and with `taps` the inputs of its sites before masking, {"A": [n, n_embd], "O", "M", "Z"}, and where the FFN is gated
+        "G", act(gate) before masking (signed), and "U", what multiplies it, both [n, n_ff]. Uses the cache's memory
         of that layer (positions before pos must have been run through it); the session's tokens must be empty. Masks as set
         by set_sparsity with mask_prefill. Calibration."""
     def step(self, sampler: Sampler) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ModelError
 
 if TYPE_CHECKING:
+    from .convert.layout import LayoutChoice
     from .convert.writer import ProgressCallback
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -147,17 +148,25 @@ def _looks_like_path(text: str) -> bool:
     return text.startswith(("/", ".", "~")) or text.lower().endswith((".gguf", ".safetensors")) or text.count("/") > 1
 
 
-def packed_for(source: Path, *, progress: ProgressCallback | None = None, again: bool = False) -> Path:
+def packed_for(
+    source: Path,
+    *,
+    layout: LayoutChoice = "auto",
+    progress: ProgressCallback | None = None,
+    again: bool = False,
+) -> Path:
     """The conversion of a source in the cache, made now if there is none or if `again`. Takes a few milliseconds when
-    there is one."""
+    there is one. With a `layout` other than auto it is a conversion of its own, beside the one that the source stands
+    for."""
     from .convert import convert, source_files
     from .convert.identity import identify
 
-    dst = packed_dir() / identify(source_files(source)).key
+    identity = identify(source_files(source), layout=layout)
+    dst = packed_dir() / identity.key
     if again or not _is_whole(dst):
         # Two processes may come here at once; both make the same bytes, so whichever stays is right.
-        convert(source, dst, existing="overwrite" if dst.exists() else "keep", progress=progress)
-        _remove_outdated(source, dst)
+        convert(source, dst, layout=layout, existing="overwrite" if dst.exists() else "keep", progress=progress)
+        _remove_outdated(source, identity.content)
     return dst
 
 
@@ -174,11 +183,12 @@ def _is_whole(packed: Path) -> bool:
         return False
 
 
-def _remove_outdated(source: Path, keep: Path) -> None:
+def _remove_outdated(source: Path, content: str) -> None:
     """Removes conversions of earlier contents of the same path, which nothing would ever use again."""
     path = str(source.resolve())
     for packed in packed_models():
-        if packed != keep and read_source(packed).get("path") == path:
+        record = read_source(packed)
+        if record.get("path") == path and record.get("content") != content:
             shutil.rmtree(packed, ignore_errors=True)
 
 

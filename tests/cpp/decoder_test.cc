@@ -135,6 +135,12 @@ std::vector<Named> variants() {
     s.activation = "relu";
     s.more = "\"activation_threshold\": 0.3, \"up_relu\": true, ";
   });
+  const size_t panels = v.size();
+  for (size_t i = 0; i < panels; i++) {
+    v.push_back(v[i]);
+    v.back().name += ", by neuron";
+    v.back().spec.neurons = true;
+  }
   return v;
 }
 

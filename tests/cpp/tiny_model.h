@@ -15,6 +15,7 @@
 
 #include "kernels/f16.h"
 #include "kernels/pack/pack.h"
+#include "kernels/pack/rows.h"
 
 namespace sr_test {
 
@@ -99,6 +100,7 @@ struct TinySpec {
   std::map<std::string, std::string> kinds;
   bool has_min = true;
   int group = 32;
+  bool neurons = false;          // what feeds the FFN is stored by neuron; the same weights
   std::string norm = "rms", activation = "silu", rope_style = "interleaved";
   bool gated = true, tied = true, biases = false, qk_norm = false, post_norms = false, parallel = false;
   bool qkv_in_parts = false, positions = false, rope_factors = false;
@@ -190,13 +192,26 @@ class TinyModel {
     }
     const sr::WeightKind k = sr::weight_kind_from_name(kind);
     const bool quantised = sr::is_quantised(k);
-    const int panel_rows = quantised ? 128 : 64, group = spec_.group;
+    const bool gate_up = name.find("ffn_gate_up") != std::string::npos;
+    const bool by_neuron = spec_.neurons && (gate_up || name.find("ffn_up") != std::string::npos);
+    const int panel_rows = quantised || by_neuron ? 128 : 64, group = spec_.group;
     const float spread = 1.7f / std::sqrt(float(cols));  // variance 1 / cols keeps activations of ordinary size
     std::string data;
     for (int r = 0; r < rows; r += panel_rows) {
       const int n = std::min(panel_rows, rows - r), groups = (cols + group - 1) / group;
-      std::string panel(sr::panel_bytes(k, n, cols, group, quantised && spec_.has_min), '\0');
-      auto* out = reinterpret_cast<uint8_t*>(&panel[0]);
+      // Row i of a record's order stands at order[i]: 64 of gate are followed by 64 of up.
+      std::vector<int> order;
+      for (int i = 0; i < n; i++) order.push_back(by_neuron && gate_up ? i / 128 * 128 + i % 2 * 64 + i % 128 / 2 : i);
+      sr::NeuronMatrix records;
+      records.kind = k;
+      records.has_min = quantised && spec_.has_min;
+      records.group = group;
+      records.gated = gate_up;
+      records.neurons = gate_up ? n / 2 : n;
+      records.cols = cols;
+      const size_t panel_bytes = by_neuron ? 0 : sr::panel_bytes(k, n, cols, group, quantised && spec_.has_min);
+      std::string blob(by_neuron ? records.total_bytes() : panel_bytes, '\0');
+      auto* out = reinterpret_cast<uint8_t*>(&blob[0]);
       if (quantised) {
         const float top = float((1 << sr::code_bits(k)) - 1);
         std::vector<uint8_t> codes(size_t(n) * cols);
@@ -207,22 +222,43 @@ class TinyModel {
           scales[i] = sr::f32_to_f16(scale);
           mins[i] = sr::f32_to_f16(-scale * top / 2 * (1 + 0.1f * uniform()));
         }
-        sr::pack_panel(k, codes.data(), scales.data(), spec_.has_min ? mins.data() : nullptr, n, cols, group, out);
+        const uint16_t* with_min = spec_.has_min ? mins.data() : nullptr;
+        if (by_neuron) {
+          codes = reordered(codes, order);
+          scales = reordered(scales, order);
+          mins = reordered(mins, order);
+          sr::pack_neurons(records, codes.data(), scales.data(), spec_.has_min ? mins.data() : nullptr, out);
+        } else {
+          sr::pack_panel(k, codes.data(), scales.data(), with_min, n, cols, group, out);
+        }
       } else {
         std::vector<float> values(size_t(n) * cols);
         for (auto& v : values) v = spread * uniform();
-        sr::pack_panel_float(k, values.data(), n, cols, out);
+        if (by_neuron) sr::pack_neurons_float(records, reordered(values, order).data(), out);
+        else sr::pack_panel_float(k, values.data(), n, cols, out);
       }
-      data += panel;
+      data += blob;
     }
-    std::string layout = "{\"layout\": \"panels\", \"version\": 1, \"kind\": \"" + kind + "\", \"rows\": " +
-                         std::to_string(rows) + ", \"cols\": " + std::to_string(cols) + ", \"panel_rows\": " +
-                         std::to_string(panel_rows);
-    if (quantised) {
-      layout += ", \"group\": " + std::to_string(group) + ", \"min\": " + (spec_.has_min ? "true" : "false");
-    }
+    const auto number = [](int v) { return std::to_string(v); };
+    const auto flag = [](bool v) { return std::string(v ? "true" : "false"); };
+    std::string layout = "{\"layout\": \"" + std::string(by_neuron ? "neurons" : "panels") +
+                         "\", \"version\": 1, \"kind\": \"" + kind + "\", \"cols\": " + number(cols);
+    if (by_neuron) layout += ", \"neurons\": " + number(gate_up ? rows / 2 : rows) + ", \"gated\": " + flag(gate_up);
+    else layout += ", \"rows\": " + number(rows) + ", \"panel_rows\": " + number(panel_rows);
+    if (quantised) layout += ", \"group\": " + number(group) + ", \"min\": " + flag(spec_.has_min);
     weights_.metadata["layout:" + name] = layout + "}";
     weights_.tensors[name] = {"U8", {int64_t(data.size())}, data};
+  }
+
+  // Rows of `plain` in another order: row i is row order[i].
+  template <class T>
+  static std::vector<T> reordered(const std::vector<T>& plain, const std::vector<int>& order) {
+    const size_t width = plain.size() / order.size();
+    std::vector<T> out(plain.size());
+    for (size_t i = 0; i < order.size(); i++) {
+      std::copy_n(plain.begin() + ptrdiff_t(size_t(order[i]) * width), width, out.begin() + ptrdiff_t(i * width));
+    }
+    return out;
   }
 
   std::string config_text() const {

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 
 def read_packed(directory: Path) -> tuple[dict[str, NDArray[Any]], dict[str, dict[str, Any]]]:
-    """Tensors as float32 (matrices [rows, cols], parts apart), and the layouts of the matrices."""
+    """Tensors as float32 (matrices [rows, cols], parts apart), and the layouts of the matrices. Rows that are stored by
+    neuron come in the order of panels: 64 of gate, 64 of up ..."""
     from safetensors import safe_open
     from sparse_run import _core
 
@@ -29,8 +30,15 @@ def read_packed(directory: Path) -> tuple[dict[str, NDArray[Any]], dict[str, dic
                 tensors[name] = blob
                 continue
             m = layouts[name] = json.loads(metadata[f"layout:{name}"])
-            assert blob.dtype == np.uint8 and m["layout"] == "panels" and m["version"] == 1
+            assert blob.dtype == np.uint8 and m["version"] == 1
             group, has_min = m.get("group", 32), m.get("min", False)
+            if m["layout"] == "neurons":
+                rows = _core.unpack_neurons(m["kind"], blob, m["neurons"], m["cols"], group, has_min, m["gated"])
+                each = 2 if m["gated"] else 1
+                blocks = rows.reshape(-1, 64, each, m["cols"]).transpose(0, 2, 1, 3)
+                tensors[name] = blocks.reshape(rows.shape)
+                continue
+            assert m["layout"] == "panels"
             out, at, padded = [], 0, -(-m["rows"] // 64) * 64
             for row in range(0, padded, m["panel_rows"]):
                 n = min(m["panel_rows"], padded - row)

@@ -79,12 +79,13 @@ class Model {
   std::shared_ptr<Impl> impl_;
 };
 
-// Thresholds at the sites A, O, M, Z of every layer (cpp/sparse/plan.h), bound to one model.
+// Thresholds at the sites A, O, M, Z and G of every layer (cpp/sparse/plan.h), bound to one model.
 class Sparsity {
  public:
   // Positions before dense_tokens stay dense; above the density break_even a product runs dense. Throws Error(usage).
   Sparsity(const Model& model, int dense_tokens, float break_even);
-  // site: "A", "O", "M" or "Z"; n thresholds, one for each input or one for all. Throws Error(usage).
+  // site: "A", "O", "M", "Z" or "G"; n thresholds, one for each input (neuron) or one for all. Throws Error(usage),
+  // also where the layout of the layer's FFN does not allow the site.
   void set(const std::string& site, int layer, const float* thresholds, size_t n);
   int dense_tokens() const;
 
@@ -94,9 +95,10 @@ class Sparsity {
   std::shared_ptr<Impl> impl_;
 };
 
-// Shares of columns kept by site (A, O, M, Z), below 0 where nothing was masked, and of the layers' bytes read.
+// Shares kept by site (A, O, M, Z: columns; G: neurons), below 0 where nothing was to be skipped, and the share of the
+// layers' bytes that was read for tokens of which some could have been skipped.
 struct Density {
-  double site[4] = {-1, -1, -1, -1};
+  double site[5] = {-1, -1, -1, -1, -1};
   double body = -1;
 };
 
@@ -128,13 +130,18 @@ class Session {
   // From now on decoding skips by `sparsity` (null: dense); mask_prefill: blocks of tokens are masked as well, which
   // gives the bits of sparse decoding at the speed of a prompt. Throws Error(usage) for another model's.
   void set_sparsity(const Sparsity* sparsity, bool mask_prefill);
+  // Whether decoding leaves out what the activation makes exactly 0 (ReLU and its kin; the same bits). On by default.
+  void set_exact(bool on);
   Density density();                 // since the last call
   // Calibration: the stream before the first layer [n, n_embd], and one layer alone (n <= 256 rows at pos; taps: null, or
-  // four buffers [n, width] that receive the inputs of A, O, M, Z before masking). Only while no tokens are cached.
+  // kTapNames buffers [n, tap_width], each of which may be null: inputs of A, O, M, Z before masking, act(gate) before
+  // masking (G), and up (U), what multiplies it). Only while no tokens are cached.
   void embed(const int32_t* tokens, int n, float* out);
   void run_layer(int layer, int pos, const float* x, int n, float* out, float* const* taps);
   int n_embd() const;
-  int site_width(int site) const;
+  static constexpr int kTapCount = 6;
+  static constexpr const char* kTapNames[kTapCount] = {"A", "O", "M", "Z", "G", "U"};
+  int tap_width(int tap) const;      // 0: this model has no such vector
 
   void cancel();                     // makes the running or the next evaluation throw Error(cancelled)
   // Asked by the evaluating thread every 20 ms or so; true stops the evaluation as cancel does.

@@ -16,6 +16,7 @@ from ..errors import ModelError
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+    from .layout import LayoutChoice
     from .writer import Existing, ProgressCallback
 
 __all__ = ["convert", "convert_gguf", "open_checkpoint", "source_files"]
@@ -59,11 +60,14 @@ def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
+    layout: LayoutChoice = "auto",
     existing: Existing = "refuse",
     progress: ProgressCallback | None = None,
 ) -> None:
     """Makes the packed model `dst` from the checkpoint `src`, in memory below twice its largest tensor plus 200 MB.
 
+    `layout` says how what feeds the FFN's neurons is stored: `panels` (input by input; thresholds at site M), `neurons`
+    (neuron by neuron; sites G and N, exact zeros), or `auto`, which is `neurons` where the activation gives exact zeros.
     `progress(what, done, total)` is called in bytes. Raises ModelError where the source is missing, damaged or unsupported,
     UsageError where `dst` exists and `existing` (see `write_packed`) does not allow it, Error where the disk is full or cannot be written; nothing
     remains in these cases.
@@ -74,14 +78,14 @@ def convert(
 
     src, dst = Path(src), Path(dst)
     files = source_files(src)
-    identity = identify(files)
+    identity = identify(files, layout=layout)
     check_destination(dst, existing)
     with open_checkpoint(src) as checkpoint:
         full_hash = BackgroundHash(files)
 
         def source() -> dict[str, Any]:
             sha256 = full_hash.result()
-            if sha256 is None or identify(files) != identity:
+            if sha256 is None or identify(files, layout=layout) != identity:
                 raise ModelError(f"{src}: changed while it was being converted; convert it again")
             return {
                 "schema": 1,
@@ -89,12 +93,14 @@ def convert(
                 "size": identity.size,
                 "date": _iso(identity.date),
                 "sha256": sha256,
+                "content": identity.content,
                 "key": identity.key,
+                "layout": layout,
                 "tool": f"sparse-run {_version()}",
             }
 
         try:
-            convert_checkpoint(checkpoint, dst, source=source, existing=existing, progress=progress)
+            convert_checkpoint(checkpoint, dst, source=source, layout=layout, existing=existing, progress=progress)
         finally:
             full_hash.stop()
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..models.common import Architecture, Decoder, Fused
+    from .layout import LayoutChoice
     from .writer import Existing, ProgressCallback, TensorData
 
 
@@ -163,6 +164,7 @@ def convert_checkpoint(
     dst: Path,
     *,
     source: Callable[[], Mapping[str, Any]],
+    layout: LayoutChoice,
     existing: Existing,
     progress: ProgressCallback | None,
 ) -> None:
@@ -183,6 +185,7 @@ def convert_checkpoint(
         tensors,
         source=lambda: {**source(), "tensor_types": checkpoint.tensor_types()},
         add_files=checkpoint.tokenizer,
+        layout=layout,
         existing=existing,
         progress=progress,
         what=f"converting {Path(checkpoint.where).name}",

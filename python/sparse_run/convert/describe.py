@@ -55,14 +55,19 @@ def _describe_packed(path: Path) -> dict[str, Any]:
     from ..registry import read_source
 
     config = _read_json(path / "config.json", (path / "config.json").stat().st_size)
-    weights = []
+    weights, layouts = [], set()
     for name, entry, layout in _packed_tensors(path / "weights.safetensors"):
         if layout is None:
             weights.append(_Weights(name, prod(entry["shape"]), prod(entry["shape"]) * 4, "f32"))
             continue
         kind = layout["kind"] + ("" if "group" not in layout else f" group {layout['group']}")
         kind += " min" if layout.get("min") else ""
-        weights.append(_Weights(name, layout["rows"] * layout["cols"], prod(entry["shape"]), kind))
+        rows = layout["rows"] if layout["layout"] == "panels" else layout["neurons"] * (2 if layout["gated"] else 1)
+        weights.append(_Weights(name, rows * layout["cols"], prod(entry["shape"]), kind))
+        if layout["layout"] == "neurons":
+            layouts.add("neurons")
+        elif name.split(".")[2:3] in (["ffn_gate_up"], ["ffn_up"]):
+            layouts.add("panels")
     scaled = any(w.role.startswith("rope_factors") for w in weights)
     record = read_source(path)
     origin = {key: record[key] for key in ("path", "sha256", "date", "tool", "tensor_types") if key in record}
@@ -70,7 +75,7 @@ def _describe_packed(path: Path) -> dict[str, Any]:
         facts = _facts(config, scaled)
     except KeyError as error:
         raise ModelError(f"{path}/config.json lacks {error}; convert the model again") from None
-    return {"path": str(path), "format": "packed", **facts, "layout": "panels", **_sizes(weights), "made_from": origin}
+    return {"path": str(path), "format": "packed", **facts, "layout": ", ".join(sorted(layouts)), **_sizes(weights), "made_from": origin}
 
 
 def _read_json(path: Path, length: int, offset: int = 0) -> dict[str, Any]:

@@ -14,23 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
+from .layout import LayoutChoice
 
 # Part of every key: a change of what the converter writes makes all conversions anew.
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 _EDGE = 1 << 20
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Identity:
-    """`key` names the conversion; `size` in bytes; `date` is the newest modification, seconds since 1970."""
+    """`content` names the source, `key` its conversion with certain options; `size` in bytes; `date` is the newest
+    modification, seconds since 1970."""
 
+    content: str
     key: str
     size: int
     date: float
 
 
-def identify(files: Sequence[Path]) -> Identity:
+def identify(files: Sequence[Path], *, layout: LayoutChoice = "auto") -> Identity:
     """The identity of the source made of these files. Raises ModelError where one cannot be read."""
     digest = hashlib.sha256(f"converter {CONVERTER_VERSION}".encode())
     size, date = 0, 0
@@ -50,7 +53,9 @@ def identify(files: Sequence[Path]) -> Identity:
             raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
         size += stat.st_size
         date = max(date, stat.st_mtime_ns)
-    return Identity(digest.hexdigest()[:16], size, date / 1e9)
+    content = digest.hexdigest()[:16]
+    options = "" if layout == "auto" else f"-{layout}"
+    return Identity(content, content + options, size, date / 1e9)
 
 
 class BackgroundHash:

@@ -9,12 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from .codes import SLAB_COLS, TILE_ROWS, Form
 
 ALIGNMENT = 4096
 PAD_PREFIX = "__pad__."
 LAYOUT_VERSION = 1
+
+LayoutChoice = Literal["auto", "panels", "neurons"]
+"""How the matrices that feed the FFN's neurons are stored."""
+LAYOUTS: tuple[LayoutChoice, ...] = get_args(LayoutChoice)
+
+
+def by_neuron(choice: LayoutChoice, config: Mapping[str, Any]) -> bool:
+    """Whether a model's FFN inputs are stored by neuron. `auto`: where the activation gives exact zeros (ReLU, its square,
+    FATReLU, dReLU), so that the rows of neurons that are 0 can be passed over."""
+    zeros = config.get("activation") in ("relu", "relu2") or config.get("activation_threshold") or config.get("up_relu")
+    return choice == "neurons" or (choice == "auto" and bool(zeros))
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -85,6 +97,48 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """A matrix stored as records of neurons: gate row and up row, or up row alone where not gated."""
+
+    neurons: int
+    cols: int
+    form: Form
+    gated: bool
+
+    @property
+    def rows_each(self) -> int:
+        return 2 if self.gated else 1
+
+    def records_bytes(self, neurons: int) -> int:
+        """Bytes of the records of so many neurons."""
+        slabs, form = round_up(self.cols, SLAB_COLS) // SLAB_COLS, self.form
+        if form.quantised:
+            row = slabs * SLAB_COLS * form.bits // 8 + slabs * (SLAB_COLS // form.group) * 2 * (2 if form.has_min else 1)
+        else:
+            row = self.cols * form.bits // 8
+        return neurons * round_up(round_up(row, 16) * self.rows_each, 64)
+
+    @property
+    def nbytes(self) -> int:
+        return self.records_bytes(self.neurons)
+
+    def describe(self) -> dict[str, object]:
+        """The entry in the file's metadata."""
+        entry: dict[str, object] = {
+            "layout": "neurons",
+            "version": LAYOUT_VERSION,
+            "kind": self.form.kind,
+            "neurons": self.neurons,
+            "cols": self.cols,
+            "gated": self.gated,
+        }
+        if self.form.quantised:
+            entry["group"] = self.form.group
+            entry["min"] = self.form.has_min
+        return entry
+
+
+@dataclass(frozen=True)
 class Plain:
     """A float32 tensor stored as it is."""
 
@@ -98,6 +152,9 @@ class Plain:
         return count
 
 
+TensorSpec = Linear | Neurons | Plain
+
+
 @dataclass(frozen=True)
 class FilePlan:
     """The header's bytes, each tensor's position (bytes from the start of the file), and the size of the whole file."""
@@ -107,7 +164,7 @@ class FilePlan:
     nbytes: int
 
 
-def plan_file(tensors: Mapping[str, Linear | Plain]) -> FilePlan:
+def plan_file(tensors: Mapping[str, TensorSpec]) -> FilePlan:
     """The safetensors file that holds these tensors in this order."""
     metadata = {"format": "sparse-run"}
     entries: dict[str, object] = {"__metadata__": metadata}
@@ -116,7 +173,7 @@ def plan_file(tensors: Mapping[str, Linear | Plain]) -> FilePlan:
     for name, tensor in tensors.items():
         end = at + tensor.nbytes
         relative[name] = at
-        if isinstance(tensor, Linear):
+        if not isinstance(tensor, Plain):
             metadata[f"layout:{name}"] = json.dumps(tensor.describe())
             entries[name] = {"dtype": "U8", "shape": [tensor.nbytes], "data_offsets": [at, end]}
         else:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from ..errors import Error, UsageError
 from .codes import TILE_ROWS, Codes
-from .layout import FilePlan, Linear, Plain, choose_panel_rows, plan_file
+from .layout import FilePlan, LayoutChoice, Linear, Neurons, Plain, TensorSpec, by_neuron, choose_panel_rows, plan_file
 from .rows import PaddedRows, RowSource, floats_of
 from .staging import StagedDirectory, write_error
 
@@ -45,6 +45,7 @@ def write_packed(
     *,
     source: Callable[[], Mapping[str, Any]] | None = None,
     add_files: Callable[[Path], None] | None = None,
+    layout: LayoutChoice = "auto",
     existing: Existing = "refuse",
     progress: ProgressCallback | None = None,
     what: str = "packing",
@@ -53,7 +54,7 @@ def write_packed(
 
     `config` and what `source()` returns, called after the weights are written, become config.json and source.json;
     `add_files(directory)` puts in what else belongs there (the tokenizer). `source` may still raise and so prevent the
-    packed model.
+    packed model. `layout` is that of what feeds the FFN's neurons (`layout.by_neuron`).
 
     What is at `dst` already: `refuse` to touch it, `replace` it if it is a packed model, `keep` it (of processes that make
     the same directory at once the first one wins), or `overwrite` whatever it is.
@@ -62,7 +63,8 @@ def write_packed(
     """
     dst = Path(dst)
     check_destination(dst, existing)
-    specs = {name: _spec(name, data) for name, data in tensors.items()}
+    neurons = by_neuron(layout, config)
+    specs = {name: _spec(name, data, neurons) for name, data in tensors.items()}
     plan = plan_file(specs)
     with StagedDirectory(dst) as staged:
         try:
@@ -95,11 +97,14 @@ def is_packed(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
 
 
-def _spec(name: str, data: TensorData) -> Linear | Plain:
+def _spec(name: str, data: TensorData, neurons: bool) -> TensorSpec:
     import numpy as np
 
     if isinstance(data, np.ndarray):
         return Plain(data.shape)
+    if neurons and name.endswith(("ffn_gate_up", "ffn_up")):
+        gated = name.endswith("ffn_gate_up")
+        return Neurons(data.rows // (2 if gated else 1), data.cols, data.form, gated)
     # gate and up tiles alternate and are used in pairs, which a panel must not cut.
     unit = 2 * TILE_ROWS if name.endswith("ffn_gate_up") else TILE_ROWS
     return Linear(data.rows, data.cols, data.form, choose_panel_rows(data.rows, data.form, unit))
@@ -108,7 +113,7 @@ def _spec(name: str, data: TensorData) -> Linear | Plain:
 def _write_weights(
     fd: int,
     plan: FilePlan,
-    specs: Mapping[str, Linear | Plain],
+    specs: Mapping[str, TensorSpec],
     tensors: Mapping[str, TensorData],
     progress: ProgressCallback | None,
     what: str,
@@ -125,13 +130,43 @@ def _write_weights(
             at += _write(fd, values.reshape(-1).data.cast("B"))
             continue
         assert not isinstance(data, np.ndarray)
-        for begin, end in spec.panels():
-            at += _write(fd, _panel(spec, data, begin, end))
+        for piece in _neurons(spec, data) if isinstance(spec, Neurons) else _panels(spec, data):
+            at += _write(fd, piece)
             if progress is not None:
                 progress(what, at, plan.nbytes)
     _write(fd, bytes(plan.nbytes - at))
     if progress is not None:
         progress(what, plan.nbytes, plan.nbytes)
+
+
+def _panels(spec: Linear, source: RowSource) -> Iterator[memoryview]:
+    for begin, end in spec.panels():
+        yield _panel(spec, source, begin, end)
+
+
+def _neurons(spec: Neurons, source: RowSource) -> Iterator[memoryview]:
+    """The bytes of some hundred records at a time. Rows of the source: 64 of gate, 64 of up, and so on where gated."""
+    import numpy as np
+
+    from .. import _core
+
+    each = max(1, _SLICE_WEIGHTS // spec.cols // TILE_ROWS) * TILE_ROWS
+    for first in range(0, spec.neurons, each):
+        neurons = min(each, spec.neurons - first)
+        begin, end = first * spec.rows_each, (first + neurons) * spec.rows_each
+        # Row of each record's gate and up in what is read.
+        order = np.arange(end - begin).reshape(-1, spec.rows_each, TILE_ROWS).transpose(0, 2, 1).reshape(-1)
+        if spec.form.quantised:
+            codes = _read_codes(source, begin, end)
+            mins = None if codes.mins is None else codes.mins[order]
+            packed = _core.pack_neurons(
+                spec.form.kind, codes.codes[order], codes.scales[order], mins, spec.form.group, spec.gated
+            )
+        else:
+            packed = _core.pack_neurons_float(spec.form.kind, floats_of(source.read(begin, end))[order], spec.gated)
+        if packed.nbytes != spec.records_bytes(neurons):
+            raise Error(f"records of {spec} have {packed.nbytes} bytes; this is a bug of sparse-run, please report it")
+        yield packed.reshape(-1).data
 
 
 def _panel(spec: Linear, source: RowSource, begin: int, end: int) -> memoryview:

@@ -1,0 +1,30 @@
+// The rows that feed the FFN's neurons where they are stored by neuron (layout `neurons`), and their products.
+#pragma once
+
+#include <string>
+
+#include "model/linear.h"
+
+namespace sr {
+
+// The same weights as a Linear of gate and up, or of up alone, but any subset of the neurons can be computed.
+struct NeuronRows {
+  NeuronMatrix m;              // data is null where the layer has panels instead
+  const float* bias = nullptr;  // in the order of the panels' rows: 64 of gate, 64 of up ... where gated
+  size_t bytes = 0;
+
+  explicit operator bool() const { return m.data != nullptr; }
+  bool quantised() const { return is_quantised(m.kind); }
+};
+
+// Reads NAME and NAME.bias.
+NeuronRows load_neuron_rows(const PackedModel& model, const std::string& name, int neurons, int cols, bool gated);
+
+// gate[k] and up[k] of neuron ids[k] (of neuron k where ids is null), k in [begin, end), bias included, for row 0 of x.
+// Either may be null: its weights are then not read. Without a gate only up is there.
+void rows(const NeuronRows& w, const InputBuffer& x, const int32_t* ids, int begin, int end, float* gate, float* up);
+// The same for all neurons of [begin, end) and rows [first, first + n) of x: gate[i * ldy + k]; bit-equal to n rows.
+void rows_gemm(const NeuronRows& w, const InputBuffer& x, int first, int n, int begin, int end, float* gate, float* up,
+               size_t ldy, void* scratch);
+
+}  // namespace sr

@@ -1,0 +1,274 @@
+// Neurons that are left out: exact zeros, and thresholds of site G. What is skipped changes no bit of what is not, for
+// any number of threads, in both layouts; what a layout cannot do is refused with the remedy.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "check.h"
+#include "sparse_run/engine.h"
+#include "sparse_run/error.h"
+#include "tiny_model.h"
+
+using sr::Density;
+using sr::Error;
+using sr::Model;
+using sr::Session;
+using sr::Sparsity;
+using sr_test::TinyModel;
+using sr_test::TinySpec;
+
+namespace {
+
+Model open_model(const TinyModel& tiny, int threads) {
+  sr::ModelOptions options;
+  options.path = tiny.path();
+  options.threads = threads;
+  return Model(options);
+}
+
+std::vector<int32_t> some_tokens(int n, int vocab, uint32_t seed = 11) {
+  std::mt19937 rng(seed);
+  std::vector<int32_t> ids;
+  for (int i = 0; i < n; i++) ids.push_back(int32_t(rng() % uint32_t(vocab)));
+  return ids;
+}
+
+// Logits of every token, one at a time.
+std::vector<float> stepwise(Session& s, const std::vector<int32_t>& ids) {
+  std::vector<float> out;
+  for (int32_t id : ids) {
+    s.eval(&id, 1);
+    out.insert(out.end(), s.logits(), s.logits() + s.n_vocab());
+  }
+  return out;
+}
+
+std::vector<float> in_blocks(Session& s, const std::vector<int32_t>& ids) {
+  std::vector<float> out(ids.size() * size_t(s.n_vocab()));
+  s.eval_all(ids.data(), int(ids.size()), out.data());
+  return out;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+Sparsity plan_of(const Model& model, const char* site, float threshold, int layers, float break_even = 0.9f) {
+  Sparsity plan(model, 0, break_even);
+  for (int l = 0; l < layers; l++) plan.set(site, l, &threshold, 1);
+  return plan;
+}
+
+// Models whose activation gives exact zeros.
+std::vector<TinySpec> with_zeros(bool neurons) {
+  std::vector<TinySpec> out;
+  const auto add = [&](auto set) {
+    TinySpec s;
+    s.neurons = neurons;
+    set(s);
+    out.push_back(s);
+  };
+  add([](TinySpec& s) { s.activation = "relu"; });
+  add([](TinySpec& s) { s.activation = "relu2"; s.kind = "q8"; s.has_min = false; });
+  add([](TinySpec& s) {
+    s.activation = "relu";
+    s.more = "\"activation_threshold\": 0.9, ";
+    s.kind = "q6";
+    s.group = 16;
+  });
+  add([](TinySpec& s) { s.activation = "silu"; s.more = "\"activation_threshold\": 0.5, "; });
+  add([](TinySpec& s) { s.activation = "relu"; s.more = "\"up_relu\": true, "; s.kind = "q5"; });
+  add([](TinySpec& s) { s.activation = "relu"; s.gated = false; s.biases = true; s.norm = "layer"; });
+  add([](TinySpec& s) { s.activation = "relu"; s.kinds = {{"ffn", "f16"}}; });
+  add([](TinySpec& s) { s.activation = "relu2"; s.sub_norms = true; });
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("exact zeros: skipped or not, any number of threads, decode and prefill: the same bits") {
+  for (const bool neurons : {false, true}) {
+    for (const TinySpec& spec : with_zeros(neurons)) {
+      const TinyModel tiny(spec);
+      const auto ids = some_tokens(30, spec.n_vocab);
+      std::vector<float> want;
+      for (int threads : {1, 2, 3}) {
+        const Model model = open_model(tiny, threads);
+        Session with(model, 64), without(model, 64), prompt(model, 64);
+        without.set_exact(false);
+        const auto a = stepwise(with, ids), b = stepwise(without, ids);
+        if (want.empty()) want = b;
+        CHECK(same_bits(a, want));
+        CHECK(same_bits(b, want));
+        CHECK(same_bits(in_blocks(prompt, ids), want));
+        const Density on = with.density(), off = without.density();
+        CHECK(off.body < 0);
+        for (double share : off.site) CHECK(share < 0);
+        const bool down = spec.kinds.empty();  // quantised, so that its columns can be left out
+        CHECK_EQ(on.site[3] >= 0, down);
+        if (down) CHECK(on.site[3] > 0.02 && on.site[3] < 0.8);
+        CHECK_EQ(on.site[4] >= 0, neurons && spec.gated);
+        if (on.site[4] >= 0) CHECK(on.site[4] > 0.05 && on.site[4] < 0.8);
+        // Zeros of up (dReLU) let down skip more than gate's zeros alone.
+        if (spec.more.find("up_relu") != std::string::npos && neurons) CHECK(on.site[3] < 0.8 * on.site[4]);
+        CHECK(on.body > 0.2 && on.body <= 1);
+        if (neurons && spec.gated && down) CHECK(on.body < 0.9);
+      }
+    }
+  }
+}
+
+TEST_CASE("exact zeros: a model without them skips nothing") {
+  TinySpec spec;
+  spec.neurons = true;
+  const TinyModel tiny(spec);
+  const Model model = open_model(tiny, 2);
+  Session s(model, 64);
+  stepwise(s, some_tokens(5, spec.n_vocab));
+  const Density d = s.density();
+  CHECK(d.body < 0);
+  for (double share : d.site) CHECK(share < 0);
+}
+
+TEST_CASE("layouts: the same weights by column and by neuron give nearly the same logits and the same greedy tokens") {
+  for (const char* kind : {"q4", "q6", "f32"}) {
+    TinySpec spec;
+    spec.kind = kind;
+    const TinyModel panels(spec);
+    spec.neurons = true;
+    const TinyModel neurons(spec);
+    const Model a = open_model(panels, 2), b = open_model(neurons, 2);
+    const auto ids = some_tokens(20, spec.n_vocab);
+    Session x(a, 64), y(b, 64);
+    sr::SamplerOptions greedy;
+    greedy.temperature = 0;
+    sr::Sampler first(greedy), second(greedy);
+    x.eval(ids.data(), 20);
+    y.eval(ids.data(), 20);
+    for (int i = 0; i < 20; i++) {
+      double largest = 0, difference = 0;
+      for (int v = 0; v < x.n_vocab(); v++) {
+        largest = std::max(largest, std::fabs(double(x.logits()[v])));
+        difference = std::max(difference, std::fabs(double(x.logits()[v]) - y.logits()[v]));
+      }
+      // Other sums of floats now and then round an activation to another of its 8-bit codes.
+      CHECK(difference < (kind[0] == 'f' ? 1e-5 : 0.02) * largest);
+      CHECK_EQ(x.step(&first), y.step(&second));
+    }
+  }
+}
+
+TEST_CASE("site G: threshold 0 is dense, a threshold gives the bits of masked blocks, in any number of threads") {
+  for (const char* kind : {"q4", "q8", "bf16"}) {
+    for (const char* activation : {"silu", "gelu_tanh", "gelu", "relu"}) {
+      TinySpec spec;
+      spec.neurons = true;
+      spec.activation = activation;
+      spec.kind = kind;
+      if (spec.kind == "bf16") spec.kinds = {{"ffn_down", "q8"}};
+      const TinyModel tiny(spec);
+      const auto ids = some_tokens(24, spec.n_vocab);
+      std::vector<float> masked;
+      for (int threads : {1, 2, 3}) {
+        const Model model = open_model(tiny, threads);
+        Session dense(model, 64);
+        dense.set_exact(false);
+        const auto want = stepwise(dense, ids);
+        const Sparsity nothing = plan_of(model, "G", 0, spec.n_layers);
+        Session zero(model, 64);
+        zero.set_sparsity(&nothing, false);
+        CHECK(same_bits(stepwise(zero, ids), want));
+        // break_even 0: what is kept is computed with the rest and dropped; 1: list and gather. The same bits.
+        for (float break_even : {0.0f, 0.9f, 1.0f}) {
+          const Sparsity plan = plan_of(model, "G", 0.15f, spec.n_layers, break_even);
+          Session sparse(model, 64), blocks(model, 64);
+          sparse.set_sparsity(&plan, false);
+          blocks.set_sparsity(&plan, true);
+          const auto got = stepwise(sparse, ids);
+          if (masked.empty()) masked = got;
+          CHECK(same_bits(got, masked));
+          CHECK(same_bits(in_blocks(blocks, ids), masked));
+          CHECK(!same_bits(got, want));
+          const Density d = sparse.density(), e = blocks.density();
+          CHECK(d.site[4] > 0.1 && d.site[4] < 0.95);
+          CHECK_NEAR(d.site[4], e.site[4], 1e-12);
+          CHECK(d.site[3] <= d.site[4] + 1e-9);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("site G: a threshold of its own for every neuron, and sites together") {
+  TinySpec spec;
+  spec.neurons = true;
+  const TinyModel tiny(spec);
+  const Model model = open_model(tiny, 2);
+  const auto ids = some_tokens(24, spec.n_vocab);
+  std::vector<float> own(size_t(spec.n_ff));
+  const float never = std::numeric_limits<float>::infinity();
+  for (size_t i = 0; i < own.size(); i++) own[i] = i % 3 ? 0.05f * float(i % 7) : never;
+  const float small = 0.1f;
+  for (const bool others : {false, true}) {
+    Sparsity plan(model, 5, 0.9f);
+    plan.set("G", 1, own.data(), own.size());
+    if (others) {
+      for (const char* site : {"A", "O", "Z"}) plan.set(site, 1, &small, 1);
+    }
+    Session sparse(model, 64), blocks(model, 64);
+    sparse.set_sparsity(&plan, false);
+    blocks.set_sparsity(&plan, true);
+    CHECK(same_bits(stepwise(sparse, ids), in_blocks(blocks, ids)));
+    // A third of the neurons is never kept; only positions from 5 on are counted.
+    CHECK(sparse.density().site[4] < 0.67);
+  }
+}
+
+TEST_CASE("sites: what a layout cannot do is refused with the remedy, impossible thresholds by value") {
+  TinySpec spec;
+  const TinyModel panels(spec);
+  spec.neurons = true;
+  const TinyModel neurons(spec);
+  spec.gated = false;
+  const TinyModel plain(spec);
+  const Model a = open_model(panels, 1), b = open_model(neurons, 1), c = open_model(plain, 1);
+  const float t = 0.1f, nan = NAN, negative = -0.1f;
+  CHECK_THROWS(Sparsity(a, 0, 0.9f).set("G", 0, &t, 1), Error, "sparse-run convert --layout neurons");
+  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("M", 0, &t, 1), Error, "sparse-run convert --layout panels");
+  CHECK_THROWS(Sparsity(c, 0, 0.9f).set("G", 0, &t, 1), Error, "use site Z");
+  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("G", 1, &nan, 1), Error, "site G in layer 1 must be 0 or more");
+  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("G", 1, &negative, 1), Error, "must be 0 or more");
+  const std::vector<float> few(7, 0.1f);
+  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("G", 1, few.data(), few.size()), Error, "7 values, this model needs 1 or 192");
+  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("Q", 1, &t, 1), Error, "unknown site 'Q'");
+}
+
+TEST_CASE("taps: act(gate) times up is what down multiplies, in both layouts") {
+  for (const bool neurons : {false, true}) {
+    TinySpec spec;
+    spec.neurons = neurons;
+    spec.activation = "relu";
+    spec.more = "\"up_relu\": true, ";
+    const TinyModel tiny(spec);
+    const Model model = open_model(tiny, 2);
+    Session s(model, 64);
+    const auto ids = some_tokens(9, spec.n_vocab);
+    std::vector<float> x(size_t(9 * spec.n_embd)), out(x.size());
+    s.embed(ids.data(), 9, x.data());
+    std::vector<std::vector<float>> taps;
+    float* buffers[Session::kTapCount];
+    for (int i = 0; i < Session::kTapCount; i++) {
+      taps.emplace_back(size_t(9 * s.tap_width(i)));
+      buffers[i] = taps.back().data();
+    }
+    s.run_layer(0, 0, x.data(), 9, out.data(), buffers);
+    const auto &z = taps[3], &g = taps[4], &u = taps[5];
+    double energy = 0;
+    for (size_t i = 0; i < z.size(); i++) {
+      CHECK_EQ(z[i], g[i] * u[i]);
+      CHECK(g[i] >= 0 && u[i] >= 0);
+      energy += std::fabs(z[i]);
+    }
+    CHECK(energy > 1);
+  }
+}
