@@ -66,9 +66,9 @@ class PackedHeader:
         return sum(part.end - part.begin for part in self.parts[site][layer])
 
     def maskable(self, site: str, layer: int) -> bool:
-        """Whether the site's columns can be skipped: all its matrices are quantised."""
+        """Whether the site's columns can be skipped: all its matrices are quantised and stored by column."""
         parts = self.parts[site][layer]
-        return bool(parts) and all(part.quantised for part in parts)
+        return bool(parts) and all(part.quantised and part.layout["layout"] == "panels" for part in parts)
 
 
 def read_header(packed: str | Path) -> PackedHeader:
