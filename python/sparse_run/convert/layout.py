@@ -16,6 +16,7 @@ from .codes import SLAB_COLS, TILE_ROWS, Form
 ALIGNMENT = 4096
 PAD_PREFIX = "__pad__."
 LAYOUT_VERSION = 1
+MOST_ROWS = 2816  # of a panel
 
 LayoutChoice = Literal["auto", "panels", "neurons"]
 """How the matrices that feed the FFN's neurons are stored."""
@@ -35,10 +36,10 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def choose_panel_rows(rows: int, form: Form, unit: int = TILE_ROWS) -> int:
-    """Rows of a panel for a matrix of `rows` rows: at most about 2048, so that a column is a run of about 1 KiB; a border
-    near the middle of a large matrix, so that two threads own whole panels; and not a multiple of 512, because runs a
-    power of two apart fall on few sets of the caches (1B shapes: 85% to 92% of the read rate; cpp/kernels/README.md). A
-    multiple of `unit`, itself a multiple of 64; 64 for float kinds."""
+    """Rows of a panel for a matrix of `rows` rows: at most 2816, so that a column of 4 bits is a run of up to 1.4 KiB
+    (longer runs are skipped faster, but read more slowly when nothing is skipped: cpp/kernels/README.md); a border near
+    the middle of a large matrix, so that two threads own whole panels; and not a multiple of 512, because runs a power of
+    two apart fall on few sets of the caches. A multiple of `unit`, itself a multiple of 64; 64 for float kinds."""
     if not form.quantised:
         return TILE_ROWS
     if rows < 512:
@@ -48,9 +49,9 @@ def choose_panel_rows(rows: int, form: Form, unit: int = TILE_ROWS) -> int:
         middle = rows / 2
         border = max(panel, round(middle / panel) * panel)
         off_middle = abs(border - middle) / middle
-        return off_middle + (0.08 if panel % 512 == 0 and rows >= 1024 else 0) + 0.02 * (2048 - panel) / 2048
+        return off_middle + (0.08 if panel % 512 == 0 and rows >= 1024 else 0) + 0.06 * (MOST_ROWS - panel) / MOST_ROWS
 
-    largest = min(2048, round_up(-(-rows // 2) + 2 * unit, unit))
+    largest = min(MOST_ROWS, round_up(-(-rows // 2) + 2 * unit, unit))
     smallest = min(1024, round_up(-(-rows // 2), unit))
     return min(range(largest, smallest - unit, -unit), key=cost)
 
