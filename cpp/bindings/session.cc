@@ -1,8 +1,13 @@
 // class Session. Evaluation runs without the GIL; in the main thread it takes it every now and then, so that Ctrl-C
 // works even while a long prompt is computed.
 #include <algorithm>
+#include <iterator>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
+
+#include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
 #include "bindings/model.h"
@@ -49,6 +54,26 @@ py::array_t<float> logits_view(const py::object& self) {
   py::array_t<float> view({py::ssize_t(session.n_vocab())}, {py::ssize_t(sizeof(float))}, data, self);
   view.attr("setflags")(py::arg("write") = false);
   return view;
+}
+
+void set_neurons(Session& session, const py::object& sets, bool mask_prefill) {
+  std::vector<std::vector<int32_t>> lists;
+  std::vector<int> layers;  // of each list
+  std::vector<const std::vector<int32_t>*> all;
+  if (!sets.is_none()) {
+    for (const auto& entry : sets.cast<py::sequence>()) {
+      if (!entry.is_none()) {
+        const py::array a = checked_array(py::array::ensure(entry), 'i', 4, 1, "neurons");
+        const auto* ids = static_cast<const int32_t*>(a.data());
+        lists.emplace_back(ids, ids + a.size());
+        layers.push_back(int(all.size()));
+      }
+      all.push_back(nullptr);
+    }
+    if (all.empty()) throw Error(ErrorCode::usage, "there are neurons for 0 layers; None ends them");
+  }
+  for (size_t i = 0; i < lists.size(); i++) all[size_t(layers[i])] = &lists[i];
+  session.set_neurons(all, mask_prefill);
 }
 
 py::dict stats_dict(const Session& session) {
@@ -105,13 +130,26 @@ void bind_session(py::module_& m) {
            [](Session& self) {
              const Density d = self.density();
              py::dict out;
-             const char* names[] = {"A", "O", "M", "Z", "G"};
-             for (int i = 0; i < 5; i++)
-               if (d.site[i] >= 0) out[names[i]] = d.site[i];
+             for (size_t i = 0; i < std::size(d.site); i++)
+               if (d.site[i] >= 0) out[Density::kNames[i]] = d.site[i];
              if (d.body >= 0) out["body"] = d.body;
              return out;
            },
            "Shares kept by site, and of the layers' bytes read, since the last call.")
+      .def("set_neurons", &set_neurons, py::arg("sets").none(true), py::arg("mask_prefill") = false,
+           "Decoding computes these neurons only: per layer an ascending int32 array or None (all); None ends it.")
+      .def("collect",
+           [](Session& self, const std::optional<std::string>& kind) { self.collect(kind ? *kind : ""); },
+           py::arg("kind").none(true), "Counts what prompts do to each neuron: \"griffin\", \"core\", or None to end.")
+      .def("statistic",
+           [](const Session& self) {
+             py::array_t<float> out({py::ssize_t(self.n_layers()), py::ssize_t(self.n_ff())});
+             self.statistic(out.mutable_data());
+             return out;
+           },
+           "What `collect` has counted, [n_layers, n_ff].")
+      .def_property_readonly("collected", [](const Session& self) { return self.statistic(nullptr); },
+                             "Tokens that `collect` has counted.")
       .def("set_exact", &Session::set_exact, py::arg("on"),
            "Whether decoding leaves out what the activation makes exactly 0 (the same bits); on by default.")
       .def("embed",

@@ -53,7 +53,7 @@ class InUse {
 
 }  // namespace
 
-static_assert(Session::kTapCount == kTaps, "names of taps");
+static_assert(Session::kTapCount == kTaps && sizeof(Density::site) / sizeof(double) == kAllSites, "names");
 
 struct Session::Impl {
   Impl(std::shared_ptr<Model::Impl> m, int n)
@@ -75,11 +75,24 @@ struct Session::Impl {
     if (!has_logits) throw Error(ErrorCode::usage, "there are no logits: evaluate tokens first");
   }
 
-  Skipping skipping() { return {sparsity ? &sparsity->plan : nullptr, mask_prefill, exact, &counts}; }
+  Skipping skipping() {
+    Skipping s;
+    s.plan = sparsity ? &sparsity->plan : nullptr;
+    s.mask_blocks = mask_prefill;
+    s.exact = exact;
+    s.neurons = neurons.get();
+    s.mask_neurons = mask_neurons;
+    s.statistic = statistic.get();
+    s.counts = &counts;
+    return s;
+  }
 
   std::shared_ptr<Model::Impl> model;
   std::shared_ptr<Sparsity::Impl> sparsity;
   bool mask_prefill = false, exact = true;
+  std::unique_ptr<NeuronSets> neurons;
+  bool mask_neurons = false;
+  std::unique_ptr<NeuronStatistic> statistic;
   SiteCounts counts;
   int n_ctx;
   KvCache cache;
@@ -144,15 +157,20 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
     const Logits which = every ? Logits::all : all || done + block == n ? Logits::last : Logits::none;
     float* out = every ? all + size_t(done) * n_vocab : logits.data();
     bool whole = false;
+    NeuronStatistic* counting = block > 1 ? statistic.get() : nullptr;
+    if (counting) counting->begin_block();
     try {
       whole = !should_stop() &&
               model->decoder.forward(ids + done, block, int(tokens.size()), &cache, which, out, should_stop,
                                      skipping());
     } catch (...) {
+      if (counting) counting->undo_block();
       count(done);
       throw;
     }
+    if (counting && whole) counting->end_block(block);
     if (!whole) {
+      if (counting) counting->undo_block();
       cancelled.store(false, std::memory_order_relaxed);
       count(done);
       throw Error(ErrorCode::cancelled, "cancelled");
@@ -247,11 +265,52 @@ void Session::set_exact(bool on) {
   impl_->exact = on;
 }
 
+void Session::set_neurons(const std::vector<const std::vector<int32_t>*>& sets, bool mask_prefill) {
+  InUse guard(&impl_->in_use);
+  const Decoder& d = impl_->model->decoder;
+  if (sets.empty()) {
+    impl_->neurons = nullptr;
+    return;
+  }
+  if (sets.size() != size_t(d.config().n_layers)) {
+    throw Error(ErrorCode::usage, "there are neurons for " + std::to_string(sets.size()) + " layers, this model has " +
+                                      std::to_string(d.config().n_layers));
+  }
+  auto made = std::make_unique<NeuronSets>(d.config().n_layers, d.config().n_ff);
+  for (int l = 0; l < d.config().n_layers; l++) {
+    const std::vector<int32_t>* ids = sets[size_t(l)];
+    if (!ids) continue;
+    const std::string why = d.site_refusal(l, Site::N);
+    if (!why.empty()) throw Error(ErrorCode::usage, "site N of layer " + std::to_string(l) + " " + why);
+    made->set(l, ids->data(), ids->size());
+  }
+  impl_->neurons = std::move(made);
+  impl_->mask_neurons = mask_prefill;
+}
+
+void Session::collect(const std::string& kind) {
+  InUse guard(&impl_->in_use);
+  const DecoderConfig& c = impl_->model->decoder.config();
+  impl_->statistic =
+      kind.empty() ? nullptr : std::make_unique<NeuronStatistic>(kind, c.n_layers, c.n_ff, kMaxBlock);
+}
+
+int64_t Session::statistic(float* out) const {
+  InUse guard(&impl_->in_use);
+  if (!impl_->statistic) throw Error(ErrorCode::usage, "nothing is collected: call collect before the prompt");
+  const std::vector<double>& sums = impl_->statistic->sums();
+  for (size_t i = 0; out && i < sums.size(); i++) out[i] = float(sums[i]);
+  return impl_->statistic->tokens();
+}
+
+int Session::n_layers() const { return impl_->model->decoder.config().n_layers; }
+int Session::n_ff() const { return impl_->model->decoder.config().n_ff; }
+
 Density Session::density() {
   InUse guard(&impl_->in_use);
   SiteCounts& c = impl_->counts;
   Density d;
-  for (size_t i = 0; i < size_t(kSites); i++) {
+  for (size_t i = 0; i < size_t(kAllSites); i++) {
     const int64_t kept = c.kept[i].exchange(0), offered = c.offered[i].exchange(0);
     if (offered) d.site[i] = double(kept) / double(offered);
   }

@@ -47,7 +47,7 @@ void Decoder::decode(int tid, const Pass& pass) {
     const LayerWeights& f = ffn_weights(l);
     if (tid == 0) count_held(pass, pass.pos, true, f.ffn_bytes());
     prepare_ffn(f, branch_o_.data(), t.scratch.data(), t.x.data(), &t.in, 0);
-    const NeuronShare neurons = neuron_share(tid, l);
+    const NeuronShare neurons = neuron_share(tid, pass, l);
     if (f.ffn_rows) decode_neurons(tid, pass, l, neurons);
     else decode_panels(tid, pass, l, neurons);
     if (!f.ffn_sub_norm && f.ffn_down.quantised && neurons.end > neurons.begin) {

@@ -14,7 +14,9 @@
 #include "model/kv_cache.h"
 #include "model/rope.h"
 #include "model/weights.h"
+#include "sparse/neurons.h"
 #include "sparse/plan.h"
+#include "sparse/statistic.h"
 
 namespace sr {
 
@@ -31,6 +33,9 @@ struct Skipping {
   const SparsityPlan* plan = nullptr;  // null: nothing but exact zeros
   bool mask_blocks = false;            // blocks of tokens are masked too, from plan->dense_tokens() on
   bool exact = true;                   // in decode, up rows and down columns of neurons that are exactly 0 are left out
+  const NeuronSets* neurons = nullptr;  // in decode, only these neurons are computed
+  bool mask_neurons = false;            // in blocks as well
+  NeuronStatistic* statistic = nullptr;  // of blocks
   SiteCounts* counts = nullptr;
 };
 
@@ -70,7 +75,7 @@ class Decoder {
   // n <= kMaxBlock rows through one layer, at positions pos, pos + 1 ...; earlier positions must have been run before.
   void run_layer(const LayerRun& run, int n, int pos, KvCache* cache, const Skipping& skipping);
   int site_width(Site site) const;
-  // Why thresholds of a site cannot work in this layer, to follow "site X of layer N"; empty where they can.
+  // Why a site cannot work in this layer, to follow "site X of layer N"; empty where it can.
   std::string site_refusal(int layer, Site site) const;
 
  private:
@@ -88,15 +93,19 @@ class Decoder {
     const LayerRun* one = nullptr;  // a single layer instead of all
   };
 
-  // Neurons of one thread: [begin, end), multiples of 64.
+  // Neurons of one thread: [begin, end), multiples of 64; where a list says which of them are computed, its positions
+  // [first, last).
   struct NeuronShare {
     int begin, end;
+    int first, last;
   };
 
   void decode(int tid, const Pass& pass);
   void decode_panels(int tid, const Pass& pass, int layer, NeuronShare share);
   void decode_neurons(int tid, const Pass& pass, int layer, NeuronShare share);
-  NeuronShare neuron_share(int tid, int layer) const;
+  NeuronShare neuron_share(int tid, const Pass& pass, int layer) const;
+  // The neurons that a token computes in a layer, null: all.
+  const NeuronSet* chosen(const Pass& pass, int layer, bool decode) const;
   void decode_attention(Thread& t, const Pass& pass, int layer);
   void gather_attention(int tid, Thread& t, int layer, int pos);
   void prefill(int tid, const Pass& pass);
@@ -128,7 +137,8 @@ class Decoder {
   void count_kept(const Pass& pass, int layer, Site site, int kept) const;
   // Share of columns or neurons above which leaving out the others does not pay.
   float break_even(const Pass& pass) const;
-  void count_neurons(const Pass& pass, const NeuronRows& w, int kept, int offered, bool skipped) const;
+  // Of `offered` neurons `kept` are computed; rows: rows of each of the others that are not read.
+  void count_neurons(const Pass& pass, Site site, const NeuronRows& w, int kept, int offered, int rows) const;
   // What w multiplies in decode: `in`, its columns listed where fewer are kept than the break-even.
   Input masked(const Pass& pass, int tid, int layer, Site site, InputBuffer* in, bool selected = false) const;
   void mask_row(const Pass& pass, int layer, Site site, int row, InputBuffer* in) const;

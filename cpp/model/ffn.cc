@@ -17,14 +17,31 @@ bool survives(float g, const float* threshold, int id) {
 
 }  // namespace
 
-Decoder::NeuronShare Decoder::neuron_share(int tid, int layer) const {
+Decoder::NeuronShare Decoder::neuron_share(int tid, const Pass& pass, int layer) const {
   const LayerWeights& w = ffn_weights(layer);
-  if (w.ffn_rows) {
-    const int units = config_.n_ff / kTileRows, threads = pool_.size();
-    return {units * tid / threads * kTileRows, units * (tid + 1) / threads * kTileRows};
+  const int n_ff = config_.n_ff, threads = pool_.size();
+  if (!w.ffn_rows) {
+    const int rows = config_.ffn_gated ? kTileRows / 2 : kTileRows;
+    const int begin = w.ffn_in.share[size_t(tid)] * rows, end = w.ffn_in.share[size_t(tid) + 1] * rows;
+    return {begin, end, begin, end};
   }
-  const int rows = config_.ffn_gated ? kTileRows / 2 : kTileRows;
-  return {w.ffn_in.share[size_t(tid)] * rows, w.ffn_in.share[size_t(tid) + 1] * rows};
+  const NeuronSet* set = chosen(pass, layer, true);
+  if (!set || set->ids.empty()) {
+    const int units = n_ff / kTileRows;
+    const int begin = units * tid / threads * kTileRows, end = units * (tid + 1) / threads * kTileRows;
+    return set ? NeuronShare{begin, end, 0, 0} : NeuronShare{begin, end, begin, end};
+  }
+  // As many of the list for each thread as borders at multiples of 64 allow.
+  const std::vector<int32_t>& ids = set->ids;
+  const auto border = [&](int t) {
+    if (t == 0) return 0;
+    if (t == threads) return n_ff;
+    const int id = ids[ids.size() * size_t(t) / size_t(threads)];
+    return (id + kTileRows - 1) / kTileRows * kTileRows;
+  };
+  const auto position = [&](int neuron) { return int(std::lower_bound(ids.begin(), ids.end(), neuron) - ids.begin()); };
+  const int begin = border(tid), end = border(tid + 1);
+  return {begin, end, position(begin), position(end)};
 }
 
 void Decoder::decode_panels(int tid, const Pass& pass, int layer, NeuronShare share) {
@@ -38,49 +55,54 @@ void Decoder::decode_panels(int tid, const Pass& pass, int layer, NeuronShare sh
   }
 }
 
-// Gate rows of all neurons of the share; then, where it pays, up rows of those only that are not 0 (that exceed the
-// thresholds of site G). Whether it pays is decided by what the share's last token kept: reading gate and up in one go is
-// faster than reading them one after the other.
+// Gate rows of the share's neurons; then, where it pays, up rows of those only that are not 0 (that exceed the
+// thresholds of site G). Whether it pays is decided by what the share's last token kept: reading gate and up in one go
+// is faster than reading them one after the other.
 void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare share) {
   Thread& t = *thread_[size_t(tid)];
   const NeuronRows& w = ffn_weights(layer).ffn_rows;
-  const int begin = share.begin, end = share.end;
+  const NeuronSet* set = chosen(pass, layer, true);
+  const int32_t* list = set ? set->ids.data() : nullptr;
+  const int begin = share.begin, end = share.end, first = share.first, last = share.last;
   float *gate = gate_up_.data(), *up = gate + config_.n_ff, *z = z_.row(0);
   if (begin >= end) return;
-  if (!config_.ffn_gated) {
-    rows(w, t.in, nullptr, begin, end, nullptr, up);
-    activate(up + begin, nullptr, end - begin, z + begin);
-    return;
-  }
-  const float* threshold = threshold_for(pass, layer, Site::G, pass.pos, true);
-  const bool choose = threshold || skips_zeros(pass);
+  const bool gated = config_.ffn_gated;
+  if (set) count_neurons(pass, Site::N, w, last - first, end - begin, gated ? 2 : 1);
+  const float* threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos, true) : nullptr;
+  const bool choose = gated && (threshold || skips_zeros(pass));
   float* last_kept = &t.kept_share[size_t(layer)];
   const bool apart = choose && *last_kept <= break_even(pass);
-  rows(w, t.in, nullptr, begin, end, gate, apart ? nullptr : up);
-  activate(gate + begin, nullptr, end - begin, gate + begin);
-  if (!choose) {
-    activate_up(up + begin, end - begin);
-    for (int i = begin; i < end; i++) z[i] = gate[i] * up[i];
+  // Results stand in the list's order.
+  rows(w, t.in, list, first, last, gated ? gate : nullptr, apart ? nullptr : up);
+  float* active = gated ? gate : up;
+  activate(active + first, nullptr, last - first, active + first);
+  if (gated && !apart) activate_up(up + first, last - first);
+  if (!set && !choose) {
+    for (int i = begin; i < end; i++) z[i] = gated ? gate[i] * up[i] : up[i];
     return;
   }
-  int32_t* ids = survivors_.data() + begin;
-  int kept = 0;
-  for (int i = begin; i < end; i++) {
-    ids[kept] = i;
-    kept += survives(gate[i], threshold, i);
-  }
-  *last_kept = float(kept) / float(end - begin);
-  count_neurons(pass, w, kept, end - begin, apart);
   std::fill(z + begin, z + end, 0.0f);
-  if (apart) {
-    // Results stand in the list's order.
-    rows(w, t.in, ids, 0, kept, nullptr, up + begin);
-    activate_up(up + begin, kept);
-    for (int k = 0; k < kept; k++) z[ids[k]] = gate[ids[k]] * up[begin + k];
-  } else {
-    activate_up(up + begin, end - begin);
-    for (int k = 0; k < kept; k++) z[ids[k]] = gate[ids[k]] * up[ids[k]];
+  if (!choose) {
+    for (int k = first; k < last; k++) z[list[k]] = gated ? gate[k] * up[k] : up[k];
+    return;
   }
+  int32_t* ids = survivors_.data() + first;
+  int kept = 0;
+  for (int k = first; k < last; k++) {
+    const int id = list ? list[k] : k;
+    ids[kept] = id;
+    const float g = gate[k];
+    gate[first + kept] = g;
+    if (!apart) up[first + kept] = up[k];
+    kept += survives(g, threshold, id);
+  }
+  if (last > first) *last_kept = float(kept) / float(last - first);
+  count_neurons(pass, Site::G, w, kept, last - first, apart ? 1 : 0);
+  if (apart) {
+    rows(w, t.in, ids, 0, kept, nullptr, up + first);
+    activate_up(up + first, kept);
+  }
+  for (int k = 0; k < kept; k++) z[ids[k]] = gate[first + k] * up[first + k];
 }
 
 // Rows [row_begin, row_end) of a block, the 64 neurons of a unit, in either layout: gate and up into local memory, from
@@ -91,6 +113,7 @@ void Decoder::prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, 
   const bool gated = config_.ffn_gated;
   const int step = gated ? 2 : 1, first = unit * kTileRows, n = row_end - row_begin;
   const size_t ld = size_t(step) * kTileRows;
+  const NeuronSet* set = chosen(pass, layer, false);
   float *gate = t.tile.data(), *up = gated ? gate + kTileRows : gate;
   if (w.ffn_rows) {
     // Kernels index results by neuron.
@@ -105,20 +128,23 @@ void Decoder::prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, 
   for (int i = row_begin; i < row_end; i++, gate += ld, up += ld) {
     float* z = b.z.row(i) + first;
     const float* threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos + i, false) : nullptr;
-    if (!threshold && !pass.one) {
+    if (!threshold && !set && !pass.one) {
       activate(gate, gated ? up : nullptr, kTileRows, z);
     } else {
       activate(gate, nullptr, kTileRows, gate);
       if (gated) activate_up(up, kTileRows);
       if (gated) tap_neurons(pass, int(Site::G), i, first, kTileRows, gate);
       if (gated) tap_neurons(pass, kTapUp, i, first, kTileRows, up);
-      int kept = 0;
+      int in_set = 0, kept = 0;
       for (int k = 0; k < kTileRows; k++) {
-        const bool keep = !threshold || survives(gate[k], threshold, first + k);
+        const bool offered = !set || set->keep[size_t(first + k)];
+        const bool keep = offered && (!threshold || survives(gate[k], threshold, first + k));
         z[k] = !keep ? 0.0f : gated ? gate[k] * up[k] : gate[k];
+        in_set += offered;
         kept += keep;
       }
-      if (threshold) count_neurons(pass, w.ffn_rows, kept, kTileRows, true);
+      if (set) count_neurons(pass, Site::N, w.ffn_rows, in_set, kTileRows, step);
+      if (threshold) count_neurons(pass, Site::G, w.ffn_rows, kept, in_set, 1);
     }
     if (w.ffn_down.quantised && !w.ffn_sub_norm) b.z.quantise(i, first, kTileRows);
   }

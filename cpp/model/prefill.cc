@@ -106,8 +106,9 @@ void Decoder::prefill(int tid, const Pass& pass) {
     pool_.barrier();
 
     if (l + 1 == c.n_layers) {
-      if (pass.which == Logits::none) return;
-      if (pass.which == Logits::last) from = n - 1;
+      // A statistic wants every token's neurons.
+      if (pass.which == Logits::none && !pass.skipping.statistic) return;
+      if (pass.which == Logits::last && !pass.skipping.statistic) from = n - 1;
     }
     const int blocks = (n - from + kMaxQueries - 1) / kMaxQueries;
     for_items(blocks * c.n_heads, [&](int item) { prefill_attention(t, pass, l, item, from); });
@@ -133,6 +134,12 @@ void Decoder::prefill(int tid, const Pass& pass) {
     for_tiles(c.n_ff / kTileRows, from,
               [&](int unit, int begin, int end) { prefill_neurons(t, pass, l, unit, begin, end); });
     pool_.barrier();
+    if (NeuronStatistic* statistic = pass.one ? nullptr : pass.skipping.statistic) {
+      for_rows(0, [&](int i) { statistic->look(i, b.z.row(i)); });
+      pool_.barrier();
+      statistic->add(l, n, b.z.row(0), b.z.input().ldx, c.n_ff * tid / threads, c.n_ff * (tid + 1) / threads);
+      pool_.barrier();
+    }
     if (f.ffn_sub_norm || pass.one || (pass.skipping.plan && pass.skipping.mask_blocks)) {
       for_rows(from, [&](int i) {
         if (f.ffn_sub_norm) {
@@ -151,14 +158,16 @@ void Decoder::prefill(int tid, const Pass& pass) {
     for_rows(from, [&](int i) {
       add_branch(branch_row(b.branch_down, i), f.post_ffn_norm, t.scratch.data(), x_row(i));
     });
-    // The same thread goes on with the same rows, unless fewer rows are left: then another may have them.
-    if (from > 0) pool_.barrier();
+    // The same thread goes on with the same rows, unless fewer rows are left (or the last one of all): another may have
+    // them.
+    if (from > 0 || l + 1 == c.n_layers) pool_.barrier();
   }
 
   if (pass.one) {
     for_rows(0, [&](int i) { std::copy_n(x_row(i), embd, pass.one->out + size_t(i) * embd); });
     return;
   }
+  if (pass.which == Logits::none) return;
   const Linear& head = weights_.head();
   if (pass.which == Logits::last) {
     prepare_row(weights_.output_norm, x_row(n - 1), head, &t.in, 0);

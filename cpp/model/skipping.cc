@@ -18,7 +18,8 @@ int Decoder::site_width(Site site) const {
   switch (site) {
     case Site::O: return config_.n_attn();
     case Site::Z:
-    case Site::G: return config_.n_ff;
+    case Site::G:
+    case Site::N: return config_.n_ff;
     default: return config_.n_embd;
   }
 }
@@ -44,11 +45,11 @@ std::string Decoder::site_refusal(int layer, Site site) const {
            "sparse-run convert --layout panels";
   }
   if (site == Site::G && !config_.ffn_gated) return "needs a gate, which this model's FFN does not have: use site Z";
-  if (site == Site::G && !by_neuron) {
+  if ((site == Site::G || site == Site::N) && !by_neuron) {
     return "needs gate and up by neuron, this model has them by columns: convert it again with "
            "sparse-run convert --layout neurons";
   }
-  if (site != Site::G && !site_quantised(layer, site)) {
+  if (site != Site::G && site != Site::N && !site_quantised(layer, site)) {
     return "has weights in float, which are not skipped: convert the model with fewer bits (sparse-run convert --bits)";
   }
   return "";
@@ -61,9 +62,15 @@ const float* Decoder::threshold_for(const Pass& pass, int layer, Site site, int 
     if (const float* t = plan->threshold(layer, site)) return t;
   }
   // Neurons that were left out, or are exactly 0, need no column of down.
-  const bool zeros = decode && (skips_zeros(pass) || (planned && plan->threshold(layer, Site::G)));
+  const bool zeros = decode && (skips_zeros(pass) || chosen(pass, layer, true) ||
+                                (planned && plan->threshold(layer, Site::G)));
   if (zeros && site == Site::Z && site_quantised(layer, site)) return no_threshold_.data();
   return nullptr;
+}
+
+const NeuronSet* Decoder::chosen(const Pass& pass, int layer, bool decode) const {
+  const Skipping& s = pass.skipping;
+  return s.neurons && (decode || s.mask_neurons) ? s.neurons->of(layer) : nullptr;
 }
 
 float Decoder::break_even(const Pass& pass) const {
@@ -74,7 +81,8 @@ void Decoder::count_held(const Pass& pass, int pos, bool decode, size_t bytes) c
   SiteCounts* counts = pass.skipping.counts;
   const SparsityPlan* plan = pass.skipping.plan;
   const bool planned = plan && (decode || pass.skipping.mask_blocks) && pos >= plan->dense_tokens();
-  if (!counts || !(planned || (decode && skips_zeros(pass)))) return;
+  const bool chosen = pass.skipping.neurons && (decode || pass.skipping.mask_neurons);
+  if (!counts || !(planned || chosen || (decode && skips_zeros(pass)))) return;
   counts->bytes_held.fetch_add(int64_t(bytes), std::memory_order_relaxed);
   counts->bytes_read.fetch_add(int64_t(bytes), std::memory_order_relaxed);
 }
@@ -95,13 +103,13 @@ void Decoder::count_kept(const Pass& pass, int layer, Site site, int kept) const
   counts->bytes_read.fetch_sub(int64_t(saved), std::memory_order_relaxed);
 }
 
-void Decoder::count_neurons(const Pass& pass, const NeuronRows& w, int kept, int offered, bool skipped) const {
+void Decoder::count_neurons(const Pass& pass, Site site, const NeuronRows& w, int kept, int offered, int rows) const {
   SiteCounts* counts = pass.skipping.counts;
   if (!counts) return;
-  counts->kept[size_t(Site::G)].fetch_add(kept, std::memory_order_relaxed);
-  counts->offered[size_t(Site::G)].fetch_add(offered, std::memory_order_relaxed);
-  const int64_t saved = int64_t(offered - kept) * int64_t(w.m.row_bytes());
-  if (skipped) counts->bytes_read.fetch_sub(saved, std::memory_order_relaxed);
+  counts->kept[size_t(site)].fetch_add(kept, std::memory_order_relaxed);
+  counts->offered[size_t(site)].fetch_add(offered, std::memory_order_relaxed);
+  const int64_t saved = int64_t(offered - kept) * rows * int64_t(w.m.row_bytes());
+  counts->bytes_read.fetch_sub(saved, std::memory_order_relaxed);
 }
 
 Input Decoder::masked(const Pass& pass, int tid, int layer, Site site, InputBuffer* in, bool selected) const {

@@ -10,16 +10,18 @@
 
 namespace sr {
 
-// The sites of magnitude thresholds. A, O, M and Z choose columns; G chooses neurons by |act(gate)|.
-enum class Site : uint8_t { A, O, M, Z, G };
+// Thresholds work at the first five sites: A, O, M and Z choose columns, G chooses neurons by |act(gate)|. N are
+// neurons that others have chosen.
+enum class Site : uint8_t { A, O, M, Z, G, N };
 constexpr int kSites = 5;
-constexpr const char* kSiteNames[kSites] = {"A", "O", "M", "Z", "G"};
+constexpr int kAllSites = 6;
+constexpr const char* kSiteNames[kAllSites] = {"A", "O", "M", "Z", "G", "N"};
 
 // Immutable once built; shared by sessions.
 class SparsityPlan {
  public:
-  // widths: inputs of each site. Positions before dense_tokens stay dense; a product whose share of kept columns is above
-  // break_even runs dense on the masked input, which gives the same bits.
+  // widths: inputs of each site. Positions before dense_tokens stay dense; a product whose share of kept columns is
+  // above break_even runs dense on the masked input, which gives the same bits.
   SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens, float break_even);
 
   int n_layers() const { return n_layers_; }
@@ -41,9 +43,10 @@ class SparsityPlan {
   std::vector<AlignedBuffer<float>> thresholds_;
 };
 
-// Columns or neurons kept and offered where something was to be skipped, and bytes read and held of the layers of such tokens.
+// Columns or neurons kept and offered where something was to be skipped, and bytes read and held of the layers of such
+// tokens.
 struct SiteCounts {
-  std::array<std::atomic<int64_t>, kSites> kept{}, offered{};
+  std::array<std::atomic<int64_t>, kAllSites> kept{}, offered{};
   std::atomic<int64_t> bytes_read{0}, bytes_held{0};
 };
 

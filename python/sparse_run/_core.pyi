@@ -111,8 +111,8 @@ class Sparsity:
     """Thresholds at the sites A, O, M, Z and G, bound to one model; shared by sessions, immutable.
 
     An input j of A, O, M or Z is kept iff |x[j]| > threshold[j]. G chooses neurons: neuron j is kept iff
-    |act(gate)[j]| > threshold[j]; of the others neither the up row nor the column of down is read, their z is 0. M needs
-    the layout `panels` and G needs `neurons` (`sparse-run convert --layout`). Prefill and the positions before
+    |act(gate)[j]| > threshold[j]; of the others neither the up row nor the column of down is read, their z is 0. M
+    needs the layout `panels` and G needs `neurons` (`sparse-run convert --layout`). Prefill and the positions before
     `dense_tokens` stay dense."""
 
     def __init__(
@@ -122,10 +122,10 @@ class Sparsity:
         dense_tokens: int = 16,
         break_even: float = 0.9,
     ) -> None:
-        """thresholds: site letter -> one entry a layer: None (dense) or [width] or [1] thresholds >= 0, not NaN; widths:
-        A, M: n_embd; O: n_heads * head_dim; Z, G: n_ff. `break_even`: density above which a product runs dense (on the
-        masked input: the same bits). Raises UsageError on a wrong site, shape or value, where a site's matrix is float (not
-        G), and where the layout of the FFN does not allow the site, with the layout that does."""
+        """thresholds: site letter -> one entry a layer: None (dense) or [width] or [1] thresholds >= 0, not NaN;
+        widths: A, M: n_embd; O: n_heads * head_dim; Z, G: n_ff. `break_even`: density above which a product runs dense
+        (on the masked input: the same bits). Raises UsageError on a wrong site, shape or value, where a site's matrix
+        is float (not G), and where the layout of the FFN does not allow the site, with the layout that does."""
     @property
     def dense_tokens(self) -> int: ...
 
@@ -156,22 +156,40 @@ class Session:
         """From now on decoding skips by `plan`. mask_prefill: blocks of tokens are masked as well, from position
         plan.dense_tokens on (dense products on masked inputs: the bits of sparse decoding, at prefill's speed)."""
     def density(self) -> dict[str, float]:
-        """Shares kept since the last call, by site: of columns ("A", "O", "M", "Z") or neurons ("G", thresholds or exact
-        zeros); sites where nothing was to be skipped are absent. "body": share of the bytes of the layers' matrices that was
-        read, over the tokens of which some could have been skipped. Resets the counters."""
+        """Shares kept since the last call, by site: of columns ("A", "O", "M", "Z") or neurons ("N", chosen beforehand;
+        "G", of those by thresholds or exact zeros); sites where nothing was to be skipped are absent. "body": share of
+        the bytes of the layers' matrices that was read, over the tokens of which some could have been skipped. Resets
+        the counters."""
+    def set_neurons(self, sets: list[NDArray[np.int32] | None] | None, mask_prefill: bool = False) -> None:
+        """From now on decoding computes these neurons of the FFN only: one entry a layer, an ascending int32 array or
+        None for all; None instead of the list ends it. The others have z = 0 and none of their weights is read;
+        thresholds and exact zeros work within the sets. Choosing costs nothing per token. mask_prefill: blocks of
+        tokens are masked as well, to the same bits. Stays through truncate. Raises UsageError where a list is not
+        ascending or out of range, and for a layer whose FFN is stored in panels, with the way to convert it."""
+    def collect(self, kind: str | None) -> None:
+        """Counts, from zero, what the tokens of blocks (prompts of two tokens or more) do to each neuron; None ends it
+        and forgets. "griffin": sum over tokens of (z_tj / ||z_t||)^2; "core": in how many tokens' cores j is, a core
+        being the largest fifth, rounded up, of a token's positive z, of equal ones the first. Goes on through several
+        evals and through truncate (what was counted stays counted); a block that is cancelled counts nothing. Does not
+        depend on how a prompt is cut. The last layer then computes all tokens of a prompt, not the last one only."""
+    def statistic(self) -> NDArray[np.float32]:
+        """What `collect` has counted so far, [n_layers, n_ff]."""
+    @property
+    def collected(self) -> int:
+        """Tokens that `collect` has counted."""
     def set_exact(self, on: bool) -> None:
-        """Whether decoding leaves out what an activation with true zeros (ReLU, its square, FATReLU, dReLU) makes exactly
-        0: up rows and columns of down (with panels: columns of down only). The same bits; on by default."""
+        """Whether decoding leaves out what an activation with true zeros (ReLU, its square, FATReLU, dReLU) makes
+        exactly 0: up rows and columns of down (with panels: columns of down only). The same bits; on by default."""
     def embed(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """The residual stream before the first layer, [n, n_embd]."""
     def run_layer(
         self, layer: int, pos: int, x: NDArray[np.float32], taps: bool = False
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
-        """One layer alone: x [n <= 256, n_embd] at positions pos, pos + 1 ... -> the stream after the layer, [n, n_embd],
-        and with `taps` the inputs of its sites before masking, {"A": [n, n_embd], "O", "M", "Z"}, and where the FFN is gated
-        "G", act(gate) before masking (signed), and "U", what multiplies it, both [n, n_ff]. Uses the cache's memory
-        of that layer (positions before pos must have been run through it); the session's tokens must be empty. Masks as set
-        by set_sparsity with mask_prefill. Calibration."""
+        """One layer alone: x [n <= 256, n_embd] at positions pos, pos + 1 ... -> the stream after the layer, [n,
+        n_embd], and with `taps` the inputs of its sites before masking, {"A": [n, n_embd], "O", "M", "Z"}, and where
+        the FFN is gated "G", act(gate) before masking (signed), and "U", what multiplies it, both [n, n_ff]. Uses the
+        cache's memory of that layer (positions before pos must have been run through it); the session's tokens must be
+        empty. Masks as set by set_sparsity with mask_prefill. Calibration."""
     def step(self, sampler: Sampler) -> int:
         """Samples from the last logits, appends the token, evaluates it, returns it."""
     def sample(self, sampler: Sampler) -> int:

@@ -1,5 +1,6 @@
 // Neurons that are left out: exact zeros, and thresholds of site G. What is skipped changes no bit of what is not, for
 // any number of threads, in both layouts; what a layout cannot do is refused with the remedy.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -270,5 +271,155 @@ TEST_CASE("taps: act(gate) times up is what down multiplies, in both layouts") {
       energy += std::fabs(z[i]);
     }
     CHECK(energy > 1);
+  }
+}
+
+TEST_CASE("site N: chosen neurons give the bits of masked blocks, in any number of threads; all of them are dense") {
+  for (const bool gated : {true, false}) {
+    for (const char* activation : {"silu", "relu"}) {
+      TinySpec spec;
+      spec.neurons = true;
+      spec.gated = gated;
+      spec.biases = !gated;
+      spec.activation = activation;
+      const TinyModel tiny(spec);
+      const auto ids = some_tokens(24, spec.n_vocab);
+      std::vector<int32_t> every, some, none;
+      for (int i = 0; i < spec.n_ff; i++) {
+        every.push_back(i);
+        if (i % 3 == 0 || (i > 60 && i < 80)) some.push_back(i);
+      }
+      std::vector<float> dense, chosen;
+      for (int threads : {1, 2, 3, 5}) {
+        const Model model = open_model(tiny, threads);
+        Session s(model, 64);
+        const auto run = [&](const std::vector<int32_t>* first, const std::vector<int32_t>* second, bool blocks) {
+          s.truncate(0);
+          s.set_neurons({first, second}, blocks);
+          return blocks ? in_blocks(s, ids) : stepwise(s, ids);
+        };
+        const auto want = run(nullptr, nullptr, false);
+        if (dense.empty()) dense = want;
+        CHECK(same_bits(want, dense));
+        CHECK(same_bits(run(&every, &every, false), dense));
+        s.density();
+        const auto got = run(&some, nullptr, false);
+        const Density d = s.density();
+        if (chosen.empty()) chosen = got;
+        CHECK(same_bits(got, chosen));
+        CHECK(!same_bits(got, dense));
+        CHECK_NEAR(d.site[5], double(some.size()) / spec.n_ff, 1e-12);
+        CHECK(d.body > 0.3 && d.body < 0.95);
+        CHECK(same_bits(run(&some, nullptr, true), chosen));
+        CHECK_NEAR(s.density().site[5], d.site[5], 1e-12);
+        CHECK(same_bits(run(&none, &some, false), run(&none, &some, true)));
+        // Thresholds of G work within the sets.
+        const Sparsity plan = plan_of(model, gated ? "G" : "Z", 0.1f, spec.n_layers);
+        s.set_sparsity(&plan, true);
+        CHECK(same_bits(run(&some, &some, false), run(&some, &some, true)));
+        s.set_sparsity(nullptr, false);
+        s.truncate(0);
+        s.set_neurons({}, false);
+        CHECK(same_bits(stepwise(s, ids), dense));
+      }
+    }
+  }
+}
+
+TEST_CASE("site N: lists that are no sets are refused, and so are panels") {
+  TinySpec spec;
+  const TinyModel panels(spec);
+  spec.neurons = true;
+  const TinyModel neurons(spec);
+  const Model a = open_model(panels, 1), b = open_model(neurons, 1);
+  Session x(a, 64), y(b, 64);
+  const std::vector<int32_t> good = {1, 5}, falling = {5, 1}, twice = {5, 5}, high = {191, 192}, negative = {-1, 2};
+  CHECK_THROWS(x.set_neurons({&good, nullptr}, false), Error, "sparse-run convert --layout neurons");
+  x.set_neurons({nullptr, nullptr}, false);
+  CHECK_THROWS(y.set_neurons({&good}, false), Error, "neurons for 1 layers, this model has 2");
+  for (const auto* bad : {&falling, &twice, &high, &negative}) {
+    CHECK_THROWS(y.set_neurons({nullptr, bad}, false), Error, "of layer 1 must be ascending, from 0 to 191");
+  }
+  y.set_neurons({nullptr, &good}, false);
+}
+
+TEST_CASE("statistics of a prompt are those of its taps, however it is cut and for any number of threads") {
+  for (const bool neurons : {false, true}) {
+    TinySpec spec;
+    spec.neurons = neurons;
+    const TinyModel tiny(spec);
+    const auto ids = some_tokens(300, spec.n_vocab);
+    const size_t width = size_t(spec.n_ff);
+    // The reference, from single layers' runs.
+    std::vector<double> griffin(2 * width), core(2 * width);
+    {
+      const Model model = open_model(tiny, 1);
+      Session s(model, 512);
+      std::vector<float> x(300 * size_t(spec.n_embd)), z(300 * width);
+      s.embed(ids.data(), 300, x.data());
+      for (int l = 0; l < 2; l++) {
+        for (int at = 0; at < 300; at += 150) {
+          float* taps[Session::kTapCount] = {};
+          taps[3] = z.data() + size_t(at) * width;
+          float* rows = x.data() + size_t(at * spec.n_embd);
+          s.run_layer(l, at, std::vector<float>(rows, rows + 150 * spec.n_embd).data(), 150, rows, taps);
+        }
+        for (size_t t = 0; t < 300; t++) {
+          const float* row = z.data() + t * width;
+          double norm = 0;
+          std::vector<std::pair<float, int>> positive;
+          for (size_t j = 0; j < width; j++) {
+            norm += double(row[j]) * row[j];
+            if (row[j] > 0) positive.push_back({-row[j], int(j)});
+          }
+          for (size_t j = 0; j < width; j++) griffin[size_t(l) * width + j] += double(row[j]) * row[j] / norm;
+          std::sort(positive.begin(), positive.end());
+          for (size_t i = 0; i < (positive.size() + 4) / 5; i++) core[size_t(l) * width + size_t(positive[i].second)]++;
+        }
+      }
+    }
+    for (int threads : {1, 3}) {
+      const Model model = open_model(tiny, threads);
+      std::vector<float> got(2 * width), whole;
+      for (const auto& cut : std::vector<std::vector<int>>{{300}, {7, 256, 37}, {100, 100, 100}}) {
+        Session s(model, 512);
+        CHECK_THROWS(s.statistic(nullptr), Error, "nothing is collected");
+        CHECK_THROWS(s.collect("mean"), Error, "unknown statistic 'mean'");
+        for (const char* kind : {"griffin", "core"}) {
+          s.truncate(0);
+          s.collect(kind);
+          int at = 0;
+          for (int n : cut) {
+            s.eval(ids.data() + at, n);
+            at += n;
+          }
+          CHECK_EQ(s.statistic(got.data()), 300);
+          for (size_t i = 0; i < got.size(); i++) {
+            const double want = kind[0] == 'g' ? griffin[i] : core[i];
+            CHECK_NEAR(got[i], want, 1e-6 * (1 + want));
+          }
+          if (kind[0] == 'g') {
+            if (whole.empty()) whole = got;
+            CHECK(same_bits(got, whole));
+          }
+          // Single tokens are not counted, and the logits are those of a session that counts nothing.
+          s.eval(ids.data(), 1);
+          CHECK_EQ(s.statistic(nullptr), 300);
+        }
+        const auto after = std::vector<float>(s.logits(), s.logits() + s.n_vocab());
+        Session plain(model, 512);
+        plain.eval(ids.data(), 300);
+        plain.eval(ids.data(), 1);
+        CHECK(same_bits(after, std::vector<float>(plain.logits(), plain.logits() + plain.n_vocab())));
+        s.cancel();
+        try {
+          s.eval(ids.data(), 20);
+        } catch (const Error&) {
+        }
+        CHECK_EQ(s.statistic(nullptr), 300);
+        s.collect("");
+        CHECK_THROWS(s.statistic(nullptr), Error, "nothing is collected");
+      }
+    }
   }
 }

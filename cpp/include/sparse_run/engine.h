@@ -95,10 +95,11 @@ class Sparsity {
   std::shared_ptr<Impl> impl_;
 };
 
-// Shares kept by site (A, O, M, Z: columns; G: neurons), below 0 where nothing was to be skipped, and the share of the
-// layers' bytes that was read for tokens of which some could have been skipped.
+// Shares kept by site (A, O, M, Z: columns; G, N: neurons), below 0 where nothing was to be skipped, and the share of
+// the layers' bytes that was read for tokens of which some could have been skipped.
 struct Density {
-  double site[5] = {-1, -1, -1, -1, -1};
+  static constexpr const char* kNames[] = {"A", "O", "M", "Z", "G", "N"};
+  double site[6] = {-1, -1, -1, -1, -1, -1};
   double body = -1;
 };
 
@@ -132,10 +133,19 @@ class Session {
   void set_sparsity(const Sparsity* sparsity, bool mask_prefill);
   // Whether decoding leaves out what the activation makes exactly 0 (ReLU and its kin; the same bits). On by default.
   void set_exact(bool on);
+  // From now on decoding computes these neurons only: for each layer an ascending list, or null for all; no lists at
+  // all end it. mask_prefill: blocks of tokens as well. Throws Error(usage), also where the layer's FFN is in panels.
+  void set_neurons(const std::vector<const std::vector<int32_t>*>& sets, bool mask_prefill);
+  // Counts what the tokens of prompts do to each neuron, from zero: "griffin" or "core" (cpp/sparse/statistic.h), ""
+  // ends.
+  void collect(const std::string& kind);
+  int64_t statistic(float* out) const;  // [n_layers, n_ff], may be null; the tokens counted
+  int n_layers() const;
+  int n_ff() const;
   Density density();                 // since the last call
-  // Calibration: the stream before the first layer [n, n_embd], and one layer alone (n <= 256 rows at pos; taps: null, or
-  // kTapNames buffers [n, tap_width], each of which may be null: inputs of A, O, M, Z before masking, act(gate) before
-  // masking (G), and up (U), what multiplies it). Only while no tokens are cached.
+  // Calibration: the stream before the first layer [n, n_embd], and one layer alone (n <= 256 rows at pos; taps: null,
+  // or kTapNames buffers [n, tap_width], each of which may be null: inputs of A, O, M, Z before masking, act(gate)
+  // before masking (G), and up (U), what multiplies it). Only while no tokens are cached.
   void embed(const int32_t* tokens, int n, float* out);
   void run_layer(int layer, int pos, const float* x, int n, float* out, float* const* taps);
   int n_embd() const;
