@@ -11,6 +11,7 @@ PYBIND11_MODULE(_core, m) {
   sr::bind_errors();
   sr::bind_system(m);
   sr::bind_pack(m);
+  sr::bind_measure(m);
   sr::bind_model(m);
   sr::bind_sampler(m);
   sr::bind_sparsity(m);

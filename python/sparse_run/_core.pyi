@@ -20,6 +20,21 @@ def default_threads() -> int:
 def stream_gb_per_s(threads: int, megabytes: int = 512, repetitions: int = 5) -> list[float]:
     """Rate at which `threads` threads read a buffer larger than the caches, in GB/s, one value a repetition."""
 
+class MemoryBench:
+    """Single measurements on memory that no cache holds, to be taken in turns by whoever compares. Each reads another quarter
+    of `megabytes` (4 or more, of 10**6 bytes) of made-up weights. Raises UsageError on impossible values, BudgetError where
+    there is no such memory."""
+
+    def __init__(self, threads: int, megabytes: int = 1024) -> None: ...
+    def gather(self, run: int, density: float) -> float:
+        """GB/s of wanted bytes when runs of `run` bytes (64 or more) are wanted with probability `density`, 0 < density <= 1;
+        the best of several prefetch distances."""
+    def columns(
+        self, kind: str, group: int, has_min: bool, rows: int, cols: int, panel_rows: int, density: float
+    ) -> dict[str, float]:
+        """One product with a matrix of this shape, dense and on a random share of its columns:
+        {"dense_seconds", "sparse_seconds", "dense_bytes", "sparse_bytes"}. UsageError where a quarter is too small for it."""
+
 def set_log_sink(sink: Callable[[int, str], object] | None, level: int = 20) -> None:
     """Calls sink(level, text) for messages of the core from `level` on (the numbers of logging); None = silent."""
 

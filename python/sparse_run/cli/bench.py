@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..bench import BenchResult, SparseBenchResult
+    from ..bench.breakeven import BreakEvenResult
+    from ..bench.gather import GatherResult
 
 
 @click.command("bench")
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 @click.option("--prompt", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of the prompt.")
 @click.option("--gen", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded a repetition.")
 @click.option("--reps", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions of each.")
+@click.option("--gather", is_flag=True, help="Measure the memory instead: GB/s of random runs by length and share.")
+@click.option(
+    "--breakeven",
+    is_flag=True,
+    help="Measure instead up to which density skipping columns pays, for each shape of the model's matrices; kept for later runs.",
+)
 @json_option
 @verbosity_options
 def command(
@@ -39,6 +47,8 @@ def command(
     prompt: int,
     gen: int,
     reps: int,
+    gather: bool,
+    breakeven: bool,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -50,14 +60,27 @@ def command(
 
     --sparsity also decodes a text of the model's own, dense and sparse in turns, and reports both rates and their ratio.
 
+    --gather needs no model: it reads random runs of memory, which tells what skipping weights can gain here at most.
+    --breakeven multiplies with matrices of the model's shapes, dense and on a part of their columns in turns; above the density
+    found, a product runs dense. It is kept in $XDG_CACHE_HOME/sparse-run for models run with --sparsity on this processor.
+
     \b
     sparse-run bench
+    sparse-run bench --gather
+    sparse-run bench --breakeven -m model.gguf --threads 2
     sparse-run bench --sparsity 0.5
     sparse-run bench -m model.gguf --threads 2 --prompt 256 --gen 64 --reps 5 --json
     """
     from .. import registry
     from ..bench import bench
 
+    if gather or breakeven:
+        if gather and breakeven:
+            raise click.UsageError("--gather and --breakeven are two measurements; ask for one")
+        if sparsity is not None:
+            raise click.UsageError(f"--sparsity has no meaning with --{'gather' if gather else 'breakeven'}")
+        _machine(gather, model, threads, reps, as_json, quiet)
+        return
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
     compared = None if sparsity in (None, "off") else _sparse(path, threads, str(sparsity), gen, reps, quiet)
@@ -68,6 +91,49 @@ def command(
         click.echo(table(result))
         if compared is not None:
             click.echo(sparse_rows(compared))
+
+
+def _machine(gather: bool, model: str | None, threads: int | None, reps: int, as_json: bool, quiet: bool) -> None:
+    """--gather and --breakeven: measurements of the machine."""
+    from .. import registry
+    from ..bench.breakeven import measure_break_even
+    from ..bench.gather import gather as measure_gather
+
+    if gather and model is not None:
+        raise click.UsageError("--gather measures the memory and takes no model")
+    with Work(quiet=quiet) as work:
+        if gather:
+            found = measure_gather(threads, reps=reps, progress=work)
+            print_json(found.as_dict()) if as_json else click.echo(gather_table(found))
+            return
+        path = registry.resolve(model, progress=work)
+        result = measure_break_even(path, threads, reps=reps, progress=work)
+    print_json(result.as_dict()) if as_json else click.echo(break_even_table(result))
+    if not result.cache and not quiet:
+        click.echo("not kept: the cache folder cannot be written; see XDG_CACHE_HOME", err=True)
+
+
+def gather_table(r: GatherResult) -> str:
+    """Rates of random runs, for people."""
+    head = (
+        f"GB/s of wanted bytes, random runs; {r.cpu}, {r.isa}, {r.threads} threads; stream {r.stream_gb_per_s:.1f} GB/s"
+    )
+    rows = [f"{'run':>7} " + "".join(f"{d:>7.0%}" for d in r.densities)]
+    for run, rates in zip(r.runs, r.gb_per_s, strict=True):
+        rows.append(f"{run:>5} B " + "".join(f"{rate:>7.1f}" for rate in rates))
+    return "\n".join([head, *rows])
+
+
+def break_even_table(r: BreakEvenResult) -> str:
+    """Gains and break-even by shape, for people."""
+    head = f"{r.model}: dense time over time with columns skipped, by density; {r.cpu}, {r.isa}, {r.threads} threads"
+    rows = [f"{'matrix':<32}" + "".join(f"{d:>7.0%}" for d in r.densities) + "  break-even"]
+    for s in r.shapes:
+        kind = f"{s.kind} {'min ' if s.has_min else ''}{s.rows} x {s.cols}"
+        rows.append(
+            f"{'/'.join(s.sites):<6}{kind:<26}" + "".join(f"{g:>7.2f}" for g in s.gain) + f"  {s.break_even:>9.0%}"
+        )
+    return "\n".join([head, *rows, f"products of this model run dense above a density of {r.break_even:.0%}"])
 
 
 def _sparse(path: Path, threads: int | None, choice: str, gen: int, reps: int, quiet: bool) -> SparseBenchResult | None:
