@@ -111,6 +111,16 @@ def smollm2_packed(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def smollm2_neurons(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed directory of SmolLM2 with its FFNs stored by neuron."""
+    from sparse_run.convert import convert
+
+    packed = tmp_path_factory.mktemp("smollm2-neurons") / "model"
+    convert(smollm2_gguf, packed, layout="neurons")
+    return packed
+
+
+@pytest.fixture(scope="session")
 def stories_dir(shared_dir: Path) -> Path:
     """The tiny story model as llama2.c has it: stories260K.bin and tok512.model."""
     return shared_dir / "data" / "models" / "stories260K"
@@ -172,3 +182,27 @@ def run_cli() -> RunCli:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def relu_checkpoint(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ReLU Llama as a Hugging Face directory, trained on the spot (support/relu_model.py)."""
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        unavailable(f"{error.name} is not installed: pip install torch transformers")
+    import relu_model
+
+    text = (shared_dir / "data" / "calibration" / "c4.txt").read_text("utf-8")
+    return relu_model.save(relu_model.train(torch, text), tmp_path_factory.mktemp("relu"))
+
+
+@pytest.fixture(scope="session")
+def relu_packed(relu_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed directory of the small ReLU Llama."""
+    from sparse_run.convert import convert
+
+    packed = tmp_path_factory.mktemp("relu-packed") / "model"
+    convert(relu_checkpoint, packed)
+    return packed

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import Error, UsageError
 from ...packed_header import PackedHeader
+from ...skipping import Skipping, bind
 from ...sparsity import SparsityFile, folder
 from . import corpus
 from .measure import relative_increase, speed, token_nll
@@ -110,7 +111,7 @@ class Calibration(abc.ABC):
     def prepare(self, allocation: str) -> None:
         """Makes the statistics that the allocation needs, so that the time left of a search is known."""
 
-    def plan_at(self, allocation: str, target: float) -> _core.Sparsity:
+    def plan_at(self, allocation: str, target: float) -> _core.Sparsity | Skipping:
         from ... import _core
 
         return _core.Sparsity(
@@ -301,19 +302,19 @@ class Calibration(abc.ABC):
             arrays=self.arrays_at(allocation, target),
         )
         if measure:
-            file.quality = self.quality(file.plan(self.model), held)
+            file.quality = self.quality(bind(file, self.model), held)
             if not math.isfinite(file.quality["perplexity"]):
                 raise Error("the sparse run has no finite perplexity; choose a lower level")
         return file
 
-    def quality(self, plan: _core.Sparsity, held: NDArray[np.int32]) -> dict[str, Any]:
+    def quality(self, plan: Skipping, held: NDArray[np.int32]) -> dict[str, Any]:
         """The report that goes into the file: quality on held-out text, bytes and speed."""
         from ...eval.sparse import compare
 
         self.announce(3.0 * held.size)
         result = compare(self.model, held.ravel().tolist(), plan, n_vocab=self.n_vocab, ctx=self.ctx)
         self.step("quality report", 2.0 * held.size)
-        rates = speed(self.model, plan, held[0], sparse_from=self.options.dense_tokens)
+        rates = speed(self.model, plan, held[0], sparse_from=plan.sparse_from)
         self.step("speed", 1.0 * held.size)
         return {
             "perplexity": result.perplexity,

@@ -56,8 +56,8 @@ class Stream:
         for i in range(len(self.x)):
             out, taps = self.run(self.layer, self.x[i], taps=True)
             self.x[i] = out
-            for site, values in taps.items():
-                keep = values[drop:]
+            for site in SITES:
+                keep = taps[site][drop:]
                 # A sample of rows is enough, and bounded for wide models.
                 step = max(1, len(self.x) * keep.size // _SAMPLES)
                 rows[site].append(keep[i % step :: step])

@@ -14,28 +14,29 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ... import _core
+    from ...skipping import Skipping
 
 
 def token_nll(
-    model: _core.Model, chunks: NDArray[np.int32], plan: _core.Sparsity | None, n_vocab: int
+    model: _core.Model, chunks: NDArray[np.int32], plan: _core.Sparsity | Skipping | None, n_vocab: int
 ) -> NDArray[np.float64]:
     """Negative log-likelihood of every token of the second halves of chunks [n, ctx], masked as decoding would be."""
     import numpy as np
 
     from ... import _core
     from ...eval.perplexity import rows_at_a_time, token_nlls
+    from ...skipping import Attached
 
     ctx = chunks.shape[1]
     session = _core.Session(model, ctx)
-    session.set_sparsity(plan, mask_prefill=plan is not None)
+    attached = Attached(session, plan, blocks=True)
     rows, first = rows_at_a_time(n_vocab), ctx // 2
     out: list[NDArray[np.float64]] = []
     for chunk in chunks:
-        session.truncate(0)
-        session.eval(chunk[:first])
+        attached.prompt(chunk[:first])
         for begin in range(first, ctx - 1, rows):
             part = chunk[begin : min(begin + rows, ctx - 1)]
-            out.append(token_nlls(session.eval_all(part), chunk[begin + 1 : begin + 1 + len(part)]))
+            out.append(token_nlls(attached.logits(part), chunk[begin + 1 : begin + 1 + len(part)]))
     found = np.concatenate(out)
     if not np.isfinite(found).all():
         raise Error("the logits are not finite numbers, so there is no perplexity; convert the model again")
@@ -49,7 +50,7 @@ def relative_increase(nll: float, dense: float) -> float:
 
 def speed(
     model: _core.Model,
-    plan: _core.Sparsity,
+    plan: _core.Sparsity | Skipping,
     tokens: NDArray[np.int32],
     *,
     sparse_from: int,
@@ -58,12 +59,13 @@ def speed(
 ) -> tuple[float, float]:
     """Median tokens a second of decoding given tokens [n], dense and sparse, measured in turns."""
     from ... import _core
+    from ...skipping import Attached
 
     sessions = [_core.Session(model, len(tokens)), _core.Session(model, len(tokens))]
-    sessions[1].set_sparsity(plan)
+    attached = Attached(sessions[1], plan)
     begin = min(len(tokens) // 2, max(sparse_from, 16))
-    for session in sessions:
-        session.eval(tokens[:begin])
+    sessions[0].eval(tokens[:begin])
+    attached.prompt(tokens[:begin])
     count = max(1, min(count, (len(tokens) - begin) // rounds))
     rates: list[list[float]] = [[], []]
     for r in range(min(rounds, (len(tokens) - begin) // count)):

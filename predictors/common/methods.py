@@ -1,5 +1,5 @@
-"""Which methods there are: the folders beside this one whose fit.py holds a `Fit` that is a Calibration. Nothing is listed by
-hand, so that a method comes and goes with its folder."""
+"""Which methods there are: the folders beside this one whose fit.py holds a `Fit` that is a Calibration, and the variants
+that such a file names in `FITS`. Nothing is listed by hand, so that a method comes and goes with its folder."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ def candidates() -> list[str]:
 
 
 def module(name: str) -> ModuleType:
-    """The fit.py of a method. Raises UsageError for a name that is none."""
-    if name not in candidates():
-        raise UsageError(f"{name!r} is no method; there are {', '.join(candidates())}")
-    return importlib.import_module(f"{__package__.rpartition('.')[0]}.{name}.fit")
+    """The fit.py of a method, or of the folder of which it is a variant. Raises UsageError for a name that is none."""
+    for folder in sorted(candidates(), key=lambda folder: folder != name):
+        found = importlib.import_module(f"{__package__.rpartition('.')[0]}.{folder}.fit")
+        if folder == name or name in getattr(found, "FITS", {}):
+            return found
+    raise UsageError(f"{name!r} is no method; there are {', '.join(calibrated())}")
 
 
 def fit_class(name: str) -> type[Calibration]:
     """A method's `Fit`. Raises UsageError where the method is not one of `calibrate`."""
-    found = getattr(module(name), "Fit", None)
+    of = module(name)
+    found = getattr(of, "FITS", {}).get(name, getattr(of, "Fit", None))
     if not (isinstance(found, type) and issubclass(found, Calibration)):
         raise UsageError(f"{name} is not calibrated to a level; see `sparse-run --help` for its command")
     return found
@@ -39,10 +42,11 @@ def fit_class(name: str) -> type[Calibration]:
 def calibrated() -> list[str]:
     """Names of the methods that have levels."""
     out = []
-    for name in candidates():
-        found = getattr(module(name), "Fit", None)
-        if isinstance(found, type) and issubclass(found, Calibration):
-            out.append(name)
+    for folder in candidates():
+        of = module(folder)
+        for name, found in {folder: getattr(of, "Fit", None), **getattr(of, "FITS", {})}.items():
+            if isinstance(found, type) and issubclass(found, Calibration):
+                out.append(name)
     return out
 
 

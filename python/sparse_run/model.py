@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from . import _core
+    from .skipping import Skipping
     from .sparsity import SparsityFile
     from .template import ChatTemplate
     from .tokenizer import Tokenizer
@@ -73,7 +74,7 @@ class Model:
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._idle: Session | None = None
-        self._sparsity: tuple[SparsityFile, _core.Sparsity] | None = None
+        self._sparsity: tuple[SparsityFile, Skipping] | None = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @classmethod
@@ -174,13 +175,14 @@ class Model:
         >>> model.set_sparsity(0.4)  # doctest: +SKIP
         """
         from .packed_header import read_header
+        from .skipping import bind
         from .sparsity import choose
 
         core = self._opened()
         found = None
         if choice is not None and choice != "off":
             found = choose(str(choice), read_header(self.path), core, self.tokenizer, say=say, tick=progress)
-        self._sparsity = (found, found.plan(core)) if found is not None else None
+        self._sparsity = (found, bind(found, core)) if found is not None else None
         with self._lock:
             idle, self._idle = self._idle, None
         if idle is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError
+from .errors import ModelError, UsageError
 
 SITES = ("A", "O", "M", "Z")
 """Attention input (q, k, v), attention output (o), FFN input (gate, up), FFN product (down)."""
@@ -59,7 +59,16 @@ class PackedHeader:
         c = self.config
         if site == "O":
             return int(c["n_heads"]) * int(c["head_dim"])
-        return int(c["n_ff"] if site == "Z" else c["n_embd"])
+        return int(c["n_ff"] if site in ("Z", "G") else c["n_embd"])
+
+    def need_neurons(self, method: str) -> None:
+        """Raises UsageError, with the way to convert it, where the FFN is stored by columns, so that no neuron can be skipped."""
+        if all(part.layout["layout"] == "neurons" for layer in self.parts["M"] for part in layer):
+            return
+        raise UsageError(
+            f"{method} skips neurons, and this model's FFN is stored in the layout panels; convert it with "
+            "`sparse-run convert --layout neurons`"
+        )
 
     def site_bytes(self, site: str, layer: int) -> int:
         """Bytes of the matrices that a site feeds."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from . import _core
     from .model import Model
+    from .skipping import Attached
 
 
 class Session:
@@ -35,8 +36,11 @@ class Session:
 
         self.model = model
         self._core: _core.Session | None = _core.Session(model._opened(), n_ctx)
+        self._attached: Attached | None = None
         if model._sparsity is not None:
-            self._core.set_sparsity(model._sparsity[1])
+            from .skipping import Attached
+
+            self._attached = Attached(self._core, model._sparsity[1])
         self._n_ctx = n_ctx
         self._on_idle = on_idle
         # Weak, so that a generation that nobody holds any more ends and frees the session.
@@ -236,7 +240,11 @@ class Session:
         kept = next((i for i in range(limit) if cached[i] != prompt[i]), limit)
         if kept < len(cached):
             core.truncate(kept)
+        if self._attached is not None:
+            self._attached.before(kept)
         self._eval(generation, prompt[kept:])
+        if self._attached is not None:
+            self._attached.after()
         return kept
 
     def _decode(self, generation: Generation, token: int) -> None:

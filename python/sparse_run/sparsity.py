@@ -174,7 +174,7 @@ def load(path: str | Path, header: PackedHeader) -> SparsityFile:
         file = SparsityFile(
             method=meta["method"],
             thresholds={},
-            levels={site: [float(s) for s in decoded["levels"].get(site, [])] for site in SITES},
+            levels={str(site): [float(s) for s in levels] for site, levels in decoded["levels"].items()},
             dense_tokens=int(meta["dense_tokens"]),
             model_name=meta["model_name"],
             fingerprint=meta["fingerprint"],
@@ -216,11 +216,12 @@ def _thresholds(
 ) -> dict[str, list[NDArray[np.float32] | None]]:
     import numpy as np
 
+    sites = (*SITES, "G")
     out: dict[str, list[NDArray[np.float32] | None]] = {site: [None] * header.n_layers for site in SITES}
     again = "make the file again with `sparse-run calibrate`"
     for name, values in tensors.items():
         words = name.split(".")
-        known = len(words) == 3 and words[0] == "layers" and words[1].isdigit() and words[2] in SITES
+        known = len(words) == 3 and words[0] == "layers" and words[1].isdigit() and words[2] in sites
         if not known or int(words[1]) >= header.n_layers:
             raise ModelError(f"{path}: tensor {name} belongs to no layer and site of this model; {again}")
         site = words[2]
@@ -231,7 +232,7 @@ def _thresholds(
             )
         if not (values >= 0).all():  # NaN is not >= 0
             raise ModelError(f"{path}: tensor {name} holds NaN or negative thresholds; {again}")
-        out[site][int(words[1])] = values
+        out.setdefault(site, [None] * header.n_layers)[int(words[1])] = values
     return out
 
 

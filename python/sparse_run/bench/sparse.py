@@ -46,19 +46,21 @@ def bench_sparse(
     import numpy as np
 
     from .. import _core
+    from ..skipping import Attached, bind
 
-    n_ctx = _OPENING + len(opening) + file.dense_tokens + gen * reps + 1
+    skipping = bind(file, model)
+    n_ctx = _OPENING + len(opening) + skipping.sparse_from + gen * reps + 1
     dense, sparse = _core.Session(model, n_ctx), _core.Session(model, n_ctx)
-    sparse.set_sparsity(file.plan(model))
+    attached = Attached(sparse, skipping)
     sampler = _core.Sampler(temperature=0.8, seed=0)
     dense.eval(np.asarray(opening, dtype=np.int32))
-    begin = max(_OPENING, file.dense_tokens, len(opening))
+    begin = max(_OPENING, skipping.sparse_from, len(opening))
     while dense.n_past < begin + gen * reps:
         dense.step(sampler)
     text = np.asarray(dense.tokens, dtype=np.int32)
-    for session in (dense, sparse):
-        session.truncate(0)
-        session.eval(text[:begin])
+    dense.truncate(0)
+    dense.eval(text[:begin])
+    attached.prompt(text[:begin])
     sparse.density()
     rates: tuple[list[float], list[float]] = ([], [])
     for r in range(reps):

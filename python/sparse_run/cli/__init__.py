@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("list_", "Show the models on this machine and those known by name."),
     "info": ("info", "Show what a model is made of."),
     "calibrate": ("calibrate", "Find out which weights a model can skip, and write a sparsity file."),
+    "train-predictor": ("train_predictor", "Train predictors of needed neurons, for models with ReLU."),
+    "plot": ("plot", "Draw quality against speed, densities, and predictors."),
     "bench": ("bench", "Measure prompt and decode speed."),
     "eval": ("eval", "Measure perplexity on a text."),
     "doctor": ("doctor", "Check this machine and this installation."),

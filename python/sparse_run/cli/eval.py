@@ -66,6 +66,7 @@ def command(
     from .. import _core, registry
     from ..eval import SparseResult, compare, perplexity
     from ..packed_header import read_header
+    from ..skipping import bind
     from ..sparsity import choose
     from ..tokenizer import Tokenizer
 
@@ -96,7 +97,7 @@ def command(
                 result = (
                     perplexity(core, ids, **options, progress=progress)
                     if file is None
-                    else compare(core, ids, file.plan(core), **options, progress=progress)
+                    else compare(core, ids, bind(file, core), **options, progress=progress)
                 )
             except UsageError as error:
                 raise UsageError(f"{text_file}: {error}") from None
@@ -143,6 +144,7 @@ def _task(
     from .. import _core, registry
     from ..eval.choice import read_questions, score
     from ..packed_header import read_header
+    from ..skipping import bind
     from ..sparsity import choose
     from ..tokenizer import Tokenizer
 
@@ -166,7 +168,7 @@ def _task(
                 questions,
                 task=task,
                 n_ctx=min(1024, config["n_ctx_train"]),
-                plan=file.plan(core) if file is not None else None,
+                plan=bind(file, core) if file is not None else None,
                 progress=progress,
             )
         finally:

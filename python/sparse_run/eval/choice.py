@@ -20,6 +20,7 @@ from ..errors import Error, UsageError
 
 if TYPE_CHECKING:
     from .. import _core
+    from ..skipping import Skipping
     from ..tokenizer import Tokenizer
 
 # What stands between question and answer.
@@ -110,19 +111,21 @@ def score(
     *,
     task: str,
     n_ctx: int,
-    plan: _core.Sparsity | None = None,
+    plan: _core.Sparsity | Skipping | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ChoiceResult:
-    """Answers questions; with a plan every position past its dense tokens is masked as decoding would mask it.
+    """Answers questions; with a plan every position past its dense tokens is masked as decoding would mask it, or, where it is
+    chosen from a prompt, every position of an answer: the question is then the prompt.
 
     n_ctx: the longest question with an answer, in tokens; of longer ones the beginning is cut off."""
     import numpy as np
 
     from .. import _core
+    from ..skipping import Attached
     from .perplexity import token_nlls
 
     session = _core.Session(model, n_ctx)
-    session.set_sparsity(plan, mask_prefill=plan is not None)
+    attached = Attached(session, plan, blocks=True)
     session.density()
     chosen: list[int] = []
     right = right_raw = 0
@@ -130,6 +133,8 @@ def score(
     for number, question in enumerate(questions):
         if progress is not None:
             progress(task, number, len(questions))
+        if attached.by_prompt:
+            session.truncate(0)  # what another question did says nothing about this one
         sums, bytes_of = [], []
         for context, ending in zip(question.contexts, question.endings, strict=True):
             head = tokenizer.encode(context, parse_special=False)
@@ -143,8 +148,11 @@ def score(
             session.truncate(min(same, begin - 1, len(whole) - 1))
             ids = np.asarray(whole, dtype=np.int32)
             if session.n_past < begin - 1:
-                session.eval(ids[session.n_past : begin - 1])
-            total = -float(token_nlls(session.eval_all(ids[begin - 1 : -1]), ids[begin:]).sum())
+                known = session.n_past
+                attached.before(known)
+                session.eval(ids[known : begin - 1])
+                attached.after()
+            total = -float(token_nlls(attached.logits(ids[begin - 1 : -1]), ids[begin:]).sum())
             if not math.isfinite(total):
                 raise Error(f"question {number + 1}: the logits are not finite numbers; convert the model again")
             sums.append(total)

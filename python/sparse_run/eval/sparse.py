@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .. import _core
+    from ..skipping import Skipping
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SparseResult:
 def compare(
     model: _core.Model,
     tokens: Sequence[int],
-    plan: _core.Sparsity,
+    plan: _core.Sparsity | Skipping,
     *,
     n_vocab: int,
     ctx: int = 512,
@@ -59,15 +60,17 @@ def compare(
     bos: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> SparseResult:
-    """Runs a text dense and sparse; arguments and errors as for `perplexity`."""
+    """Runs a text dense and sparse; arguments and errors as for `perplexity`. Where what is skipped is chosen from a prompt,
+    the first half of each chunk is that prompt, read dense, and what counts are the tokens after it."""
     import numpy as np
 
     from .. import _core
+    from ..skipping import Attached
 
     ids = cut_chunks(tokens, ctx=ctx, chunks=chunks, bos=bos)
     rows = rows_at_a_time(n_vocab)
     dense, sparse = _core.Session(model, ctx), _core.Session(model, ctx)
-    sparse.set_sparsity(plan, mask_prefill=True)
+    attached = Attached(sparse, plan, blocks=True)
     sparse.density()
     first = ctx // 2
     pairs: list[NDArray[np.float64]] = []
@@ -77,13 +80,13 @@ def compare(
     for c, chunk in enumerate(ids):
         if progress is not None:
             progress("dense and sparse", c, len(ids))
-        for session in (dense, sparse):
-            session.truncate(0)
-            session.eval(chunk[:first])
+        dense.truncate(0)
+        dense.eval(chunk[:first])
+        attached.prompt(chunk[:first])
         for begin in range(first, ctx - 1, rows):
             part = chunk[begin : min(begin + rows, ctx - 1)]
             targets = chunk[begin + 1 : begin + 1 + len(part)]
-            rows_dense, rows_sparse = dense.eval_all(part), sparse.eval_all(part)
+            rows_dense, rows_sparse = dense.eval_all(part), attached.logits(part)
             pairs.append(np.stack([token_nlls(rows_dense, targets), token_nlls(rows_sparse, targets)]))
             if not np.isfinite(pairs[-1]).all():
                 which = "sparse" if np.isfinite(pairs[-1][0]).all() else "dense"

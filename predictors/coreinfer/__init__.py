@@ -1,0 +1,1 @@
+"""CoreInfer and GRIFFIN: one set of neurons a layer, chosen from the prompt and fixed while its answer is decoded."""
