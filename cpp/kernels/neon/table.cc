@@ -1,5 +1,4 @@
 // The table of one Arm variant.
-#include "kernels/generic/generic.h"
 #include "kernels/neon/kernels.h"
 
 #define SR_TEXT2(x) #x
@@ -14,7 +13,7 @@ const KernelTable& SR_JOIN(SR_NEON, _table)() {
   static const KernelTable table = {SR_TEXT(SR_NEON), k::quantise, k::select,     k::gemv_q,   k::gemv_q_cols,
                                     k::gemv_f,        k::gemm_q,   k::gemm_f,     k::rms_norm, k::layer_norm,
                                     k::activate,      k::attend,   k::to_f16,     k::read_sum,
-                                    generic::rows_q,  generic::rows_f, generic::rows_gemm_q, generic::rows_gemm_f};
+                                    k::rows_q,        k::rows_f,     k::rows_gemm_q, k::rows_gemm_f};
   return table;
 }
 
