@@ -65,8 +65,9 @@ def test_program_passes(program: str, arm: Path) -> None:
     assert re.search(r"\b[1-9]\d* cases, 0 failed", done.stderr), f"{program} ran nothing: {done.stderr!r}"
 
 
-def test_kernels_pass_on_the_oldest_processor(arm: Path) -> None:
-    done = emulated("cortex-a53", arm / "kernels_test")
+@pytest.mark.parametrize("program", ["kernels_test", "rows_test"])
+def test_kernels_pass_on_the_oldest_processor(program: str, arm: Path) -> None:
+    done = emulated("cortex-a53", arm / program)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
