@@ -21,6 +21,7 @@ void bind_sampler(py::module_& m);
 void bind_session(py::module_& m);
 void bind_sparsity(py::module_& m);
 void bind_measure(py::module_& m);
+void bind_predictor(py::module_& m);
 
 // The array in C order, of this dtype kind ('f', 'u', 'i'), item size and number of dimensions, or UsageError.
 inline py::array checked_array(const py::array& a, char kind, int itemsize, int ndim, const char* name) {

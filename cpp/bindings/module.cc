@@ -15,5 +15,6 @@ PYBIND11_MODULE(_core, m) {
   sr::bind_model(m);
   sr::bind_sampler(m);
   sr::bind_sparsity(m);
+  sr::bind_predictor(m);
   sr::bind_session(m);
 }

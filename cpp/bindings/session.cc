@@ -12,6 +12,7 @@
 #include "bindings/bindings.h"
 #include "bindings/model.h"
 #include "sparse_run/engine.h"
+#include "sparse_run/predictor.h"
 
 namespace sr {
 namespace {
@@ -133,11 +134,14 @@ void bind_session(py::module_& m) {
              for (size_t i = 0; i < std::size(d.site); i++)
                if (d.site[i] >= 0) out[Density::kNames[i]] = d.site[i];
              if (d.body >= 0) out["body"] = d.body;
+             if (d.recall >= 0) out["recall"] = d.recall;
              return out;
            },
            "Shares kept by site, and of the layers' bytes read, since the last call.")
       .def("set_neurons", &set_neurons, py::arg("sets").none(true), py::arg("mask_prefill") = false,
            "Decoding computes these neurons only: per layer an ascending int32 array or None (all); None ends it.")
+      .def("set_predictor", &Session::set_predictor, py::arg("predictor").none(true), py::arg("mask_prefill") = false,
+           py::arg("measure") = false, "From now on decoding computes what the predictor names; None: everything.")
       .def("collect",
            [](Session& self, const std::optional<std::string>& kind) { self.collect(kind ? *kind : ""); },
            py::arg("kind").none(true), "Counts what prompts do to each neuron: \"griffin\", \"core\", or None to end.")

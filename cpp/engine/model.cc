@@ -48,6 +48,8 @@ const std::string& Model::config_json() const { return impl_->packed.config_text
 int Model::threads() const { return impl_->decoder.threads(); }
 std::string Model::isa() const { return kernels().name; }
 int Model::n_vocab() const { return impl_->decoder.config().n_vocab; }
+int Model::n_layers() const { return impl_->decoder.config().n_layers; }
+int Model::n_embd() const { return impl_->decoder.config().n_embd; }
 int Model::n_ctx_train() const { return impl_->decoder.config().n_ctx_train; }
 size_t Model::weight_bytes() const { return impl_->packed.tensor_bytes(); }
 bool Model::copied() const { return impl_->packed.weights().file().in_memory(); }

@@ -9,6 +9,7 @@
 
 #include "base/aligned_buffer.h"
 #include "engine/model_impl.h"
+#include "engine/predictor_impl.h"
 #include "engine/sparsity_impl.h"
 #include "sparse_run/error.h"
 
@@ -82,6 +83,9 @@ struct Session::Impl {
     s.exact = exact;
     s.neurons = neurons.get();
     s.mask_neurons = mask_neurons;
+    s.predictor = predictor ? &predictor->set : nullptr;
+    s.mask_predicted = mask_predicted;
+    s.measure = measure;
     s.statistic = statistic.get();
     s.counts = &counts;
     return s;
@@ -92,6 +96,8 @@ struct Session::Impl {
   bool mask_prefill = false, exact = true;
   std::unique_ptr<NeuronSets> neurons;
   bool mask_neurons = false;
+  std::shared_ptr<Predictor::Impl> predictor;
+  bool mask_predicted = false, measure = false;
   std::unique_ptr<NeuronStatistic> statistic;
   SiteCounts counts;
   int n_ctx;
@@ -288,6 +294,16 @@ void Session::set_neurons(const std::vector<const std::vector<int32_t>*>& sets, 
   impl_->mask_neurons = mask_prefill;
 }
 
+void Session::set_predictor(const Predictor* predictor, bool mask_prefill, bool measure) {
+  InUse guard(&impl_->in_use);
+  if (predictor && predictor->impl_->model != impl_->model) {
+    throw Error(ErrorCode::usage, "this predictor is bound to another model: make one for the session's own");
+  }
+  impl_->predictor = predictor ? predictor->impl_ : nullptr;
+  impl_->mask_predicted = mask_prefill;
+  impl_->measure = measure;
+}
+
 void Session::collect(const std::string& kind) {
   InUse guard(&impl_->in_use);
   const DecoderConfig& c = impl_->model->decoder.config();
@@ -316,6 +332,8 @@ Density Session::density() {
   }
   const int64_t read = c.bytes_read.exchange(0), held = c.bytes_held.exchange(0);
   if (held) d.body = double(read) / double(held);
+  const int64_t found = c.found.exchange(0), needed = c.needed.exchange(0);
+  if (needed) d.recall = double(found) / double(needed);
   return d;
 }
 

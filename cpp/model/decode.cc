@@ -31,14 +31,17 @@ void Decoder::decode(int tid, const Pass& pass) {
     if (tid == 0) count_held(pass, pass.pos, true, w.attn_qkv.bytes + w.attn_o.bytes);
     prepare_row(w.attn_norm, t.x.data(), w.attn_qkv, &t.in, 0);
     share(w.attn_qkv, masked(pass, tid, l, Site::A, &t.in), qkv_.data());
+    predict_hidden(tid, pass, l);
     pool_.barrier();
 
+    predict_scores(tid, pass, l);
     decode_attention(t, pass, l);
     pool_.barrier();
 
     if (tid == 0) counter_[0].reset();
     if (l + 1 == c.n_layers && pass.which == Logits::none) break;
     gather_attention(tid, t, l, pass.pos);
+    mask_heads(pass, l, 0, tid == 0, t.att.row(0));
     norm_row(w.attn_sub_norm, t.att.row(0), c.n_attn(), t.att.row(0));
     if (w.attn_o.quantised) t.att.quantise(0);
     share(w.attn_o, masked(pass, tid, l, Site::O, &t.att), branch_o_.data());
@@ -91,6 +94,7 @@ void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
   const int chunk_begin = first / kAttentionChunk, chunk_end = pass.pos / kAttentionChunk + 1;
   const int items = (chunk_end - chunk_begin) * c.n_kv_heads;
   int firsts[kMaxQueries], lasts[kMaxQueries];
+  const uint8_t* keep = heads_kept(pass, layer, 0, true);
   const bool full = c.qk_norm == QkNorm::full;
   if (full) {
     norm_row(w.q_norm, qkv_.data() + w.head_at[0], c.n_attn(), t.qk.data());
@@ -113,8 +117,15 @@ void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
     }
     std::fill(firsts, firsts + kMaxQueries, std::max(first - base, 0));
     std::fill(lasts, lasts + kMaxQueries, last);
-    for (int begin = 0; begin < group; begin += kMaxQueries) {  // more only where dozens of queries share a key
-      const int count = std::min(group - begin, kMaxQueries), head = kv_head * group + begin;
+    // All queries of a key at once, unless there are dozens, or some of their heads are left out.
+    for (int begin = 0; begin < group;) {
+      const int head = kv_head * group + begin;
+      if (keep && !keep[head]) {
+        begin++;
+        continue;
+      }
+      int count = 1;
+      while (begin + count < group && count < kMaxQueries && (!keep || keep[head + count])) count++;
       for (int g = 0; g < count; g++) make_head(head + g, w.q_norm, t.q.data() + size_t(g) * hd);
       const size_t slot = size_t(chunk - chunk_begin) * c.n_heads + size_t(head);
       AttendArgs a;
@@ -135,6 +146,7 @@ void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
       a.row_sum = partial_sum_.data() + slot;
       a.scratch = t.attend_scratch.data();
       kernels().attend(a);
+      begin += count;
     }
   }
 }

@@ -77,7 +77,7 @@ Decoder::Decoder(const PackedModel& model, int threads)
 
   if (by_neuron) survivors_.reset(size_t(c.n_ff), kWorkspace);
   // Inputs of down that are exactly 0 need no threshold to be skipped. After a sub-norm they are 0 still.
-  no_threshold_.reset(size_t(c.n_ff), kWorkspace);
+  no_threshold_.reset(size_t(std::max(c.n_ff, c.n_attn())), kWorkspace);
   true_zeros_ = c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 ||
                 c.up_relu;
 
@@ -117,6 +117,7 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
   counter_[0].reset();
   counter_[1].reset();
   const Pass pass = {tokens, n, pos, cache, which, logits, &should_stop, skipping};
+  make_prediction_buffers(pass);
   if (n == 1) {
     pool_.run([&](int tid) { decode(tid, pass); });
   } else {

@@ -16,6 +16,7 @@
 #include "model/weights.h"
 #include "sparse/neurons.h"
 #include "sparse/plan.h"
+#include "sparse/predictor.h"
 #include "sparse/statistic.h"
 
 namespace sr {
@@ -35,6 +36,9 @@ struct Skipping {
   bool exact = true;                   // in decode, up rows and down columns of neurons that are exactly 0 are left out
   const NeuronSets* neurons = nullptr;  // in decode, only these neurons are computed
   bool mask_neurons = false;            // in blocks as well
+  const PredictorSet* predictor = nullptr;  // goes before `neurons`
+  bool mask_predicted = false;           // blocks are masked as well
+  bool measure = false;                  // nothing is left out; of blocks, what would have been is counted
   NeuronStatistic* statistic = nullptr;  // of blocks
   SiteCounts* counts = nullptr;
 };
@@ -81,6 +85,7 @@ class Decoder {
  private:
   struct Thread;
   struct Block;
+  struct Prediction;
   // What one pass works on.
   struct Pass {
     const int32_t* tokens;
@@ -98,19 +103,33 @@ class Decoder {
   struct NeuronShare {
     int begin, end;
     int first, last;
+    const int32_t* list;  // null: all neurons
   };
 
   void decode(int tid, const Pass& pass);
   void decode_panels(int tid, const Pass& pass, int layer, NeuronShare share);
   void decode_neurons(int tid, const Pass& pass, int layer, NeuronShare share);
   NeuronShare neuron_share(int tid, const Pass& pass, int layer) const;
-  // The neurons that a token computes in a layer, null: all.
+  // The set of neurons that was fixed for a layer, null: all.
   const NeuronSet* chosen(const Pass& pass, int layer, bool decode) const;
   void decode_attention(Thread& t, const Pass& pass, int layer);
   void gather_attention(int tid, Thread& t, int layer, int pos);
   void prefill(int tid, const Pass& pass);
   void prefill_attention(Thread& t, const Pass& pass, int layer, int item, int row_begin);
   void prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, int row_begin, int row_end);
+
+  // Predictors (predict.cc).
+  void make_prediction_buffers(const Pass& pass);
+  bool predicting(const Pass& pass, int pos, bool decode) const;
+  const LowRank* neuron_predictor(const Pass& pass, int layer, int pos, bool decode) const;
+  const LowRank* head_predictor(const Pass& pass, int layer, int pos, bool decode) const;
+  void predict_hidden(int tid, const Pass& pass, int layer);
+  void predict_scores(int tid, const Pass& pass, int layer);
+  void predict_block(Thread& t, const Pass& pass, int layer, int begin, int end);
+  // Flags of what a token computes, null: everything.
+  const uint8_t* heads_kept(const Pass& pass, int layer, int row, bool decode) const;  // [n_heads]
+  const uint8_t* neurons_kept(const Pass& pass, int layer, int row) const;             // [n_ff], of a block's row
+  void mask_heads(const Pass& pass, int layer, int row, bool count, float* attention) const;
 
   // Every pass takes a layer's weights from here, once before its attention and once before its FFN.
   const LayerWeights& attention_weights(int layer) const { return weights_.layers[size_t(layer)]; }
@@ -125,6 +144,7 @@ class Decoder {
                    int row) const;
   void activate(float* gate, float* up, int n, float* z) const;
   void activate_up(float* up, int n) const;
+  void measure(const Pass& pass, const NeuronRows& w, float* gate, float* up, const uint8_t* flags, float* z) const;
   void rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const;
   // Thresholds of a site for the token at pos, or null. Decode: also those of exact zeros.
   const float* threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const;
@@ -156,6 +176,7 @@ class Decoder {
 
   std::vector<std::unique_ptr<Thread>> thread_;
   std::unique_ptr<Block> block_;
+  std::unique_ptr<Prediction> prediction_;  // once there has been a predictor
   // Decode's vectors that threads share.
   AlignedBuffer<float> qkv_, branch_o_, branch_down_, attention_, gate_up_;
   AlignedBuffer<float> rope_table_, rope_table_local_;
@@ -165,8 +186,9 @@ class Decoder {
   AlignedBuffer<float> partial_out_, partial_max_, partial_sum_;
   WorkCounter counter_[2];
   AlignedBuffer<int32_t> survivors_;   // [n_ff] neurons of each thread's share whose up rows are wanted
-  AlignedBuffer<float> no_threshold_;  // [n_ff] zeros
+  AlignedBuffer<float> no_threshold_;  // [n_ff or n_attn, the larger] zeros
   bool true_zeros_ = false;            // the activation gives exact zeros
+  static constexpr int32_t no_neurons_[1] = {0};  // an empty list is not a missing one
   bool leave_ = false;
   std::atomic<bool> not_finite_{false};
 };

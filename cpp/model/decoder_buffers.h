@@ -29,6 +29,24 @@ struct Decoder::Thread {
   AlignedBuffer<char> gemm_scratch;
 };
 
+// What predictors work on. Of a decoded token: shared by the threads but for x and h.
+struct Decoder::Prediction {
+  int rank = 0;                       // the largest
+  AlignedBuffer<float> hidden, head_hidden;  // [rank]
+  AlignedBuffer<float> scores, head_scores;  // [n_ff], [n_heads]
+  AlignedBuffer<int32_t> ids;         // [n_ff] predicted neurons of each thread's range, from its beginning on
+  std::vector<int> count;             // [threads] how many
+  AlignedBuffer<uint8_t> heads;       // [2, n_heads] flags; a layer's are at its number's parity
+  std::vector<InputBuffer> x, h;      // [threads] one row of n_embd, of rank
+  struct OfBlock {
+    InputBuffer x, h;                 // kMaxBlock rows of n_embd, of rank
+    AlignedBuffer<float> scores;      // [kMaxBlock, n_ff or n_heads, the larger]
+    AlignedBuffer<uint8_t> neurons;   // [kMaxBlock, n_ff] flags
+    AlignedBuffer<uint8_t> heads;     // [2, kMaxBlock, n_heads]
+  };
+  std::unique_ptr<OfBlock> block;
+};
+
 struct Decoder::Block {
   AlignedBuffer<float> x;         // [kMaxBlock, n_embd] residual stream
   InputBuffer in, att, z;         // rows of n_embd, n_attn, n_ff

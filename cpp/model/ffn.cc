@@ -23,14 +23,17 @@ Decoder::NeuronShare Decoder::neuron_share(int tid, const Pass& pass, int layer)
   if (!w.ffn_rows) {
     const int rows = config_.ffn_gated ? kTileRows / 2 : kTileRows;
     const int begin = w.ffn_in.share[size_t(tid)] * rows, end = w.ffn_in.share[size_t(tid) + 1] * rows;
-    return {begin, end, begin, end};
+    return {begin, end, begin, end, nullptr};
+  }
+  const int units = n_ff / kTileRows;
+  const NeuronShare even = {units * tid / threads * kTileRows, units * (tid + 1) / threads * kTileRows, 0, 0, nullptr};
+  if (neuron_predictor(pass, layer, pass.pos, true)) {
+    const Prediction& p = *prediction_;
+    return {even.begin, even.end, even.begin, even.begin + p.count[size_t(tid)], p.ids.data()};
   }
   const NeuronSet* set = chosen(pass, layer, true);
-  if (!set || set->ids.empty()) {
-    const int units = n_ff / kTileRows;
-    const int begin = units * tid / threads * kTileRows, end = units * (tid + 1) / threads * kTileRows;
-    return set ? NeuronShare{begin, end, 0, 0} : NeuronShare{begin, end, begin, end};
-  }
+  if (!set) return {even.begin, even.end, even.begin, even.end, nullptr};
+  if (set->ids.empty()) return {even.begin, even.end, 0, 0, no_neurons_};
   // As many of the list for each thread as borders at multiples of 64 allow.
   const std::vector<int32_t>& ids = set->ids;
   const auto border = [&](int t) {
@@ -41,7 +44,7 @@ Decoder::NeuronShare Decoder::neuron_share(int tid, const Pass& pass, int layer)
   };
   const auto position = [&](int neuron) { return int(std::lower_bound(ids.begin(), ids.end(), neuron) - ids.begin()); };
   const int begin = border(tid), end = border(tid + 1);
-  return {begin, end, position(begin), position(end)};
+  return {begin, end, position(begin), position(end), ids.data()};
 }
 
 void Decoder::decode_panels(int tid, const Pass& pass, int layer, NeuronShare share) {
@@ -61,13 +64,12 @@ void Decoder::decode_panels(int tid, const Pass& pass, int layer, NeuronShare sh
 void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare share) {
   Thread& t = *thread_[size_t(tid)];
   const NeuronRows& w = ffn_weights(layer).ffn_rows;
-  const NeuronSet* set = chosen(pass, layer, true);
-  const int32_t* list = set ? set->ids.data() : nullptr;
+  const int32_t* list = share.list;
   const int begin = share.begin, end = share.end, first = share.first, last = share.last;
   float *gate = gate_up_.data(), *up = gate + config_.n_ff, *z = z_.row(0);
   if (begin >= end) return;
   const bool gated = config_.ffn_gated;
-  if (set) count_neurons(pass, Site::N, w, last - first, end - begin, gated ? 2 : 1);
+  if (list) count_neurons(pass, Site::N, w, last - first, end - begin, gated ? 2 : 1);
   const float* threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos, true) : nullptr;
   const bool choose = gated && (threshold || skips_zeros(pass));
   float* last_kept = &t.kept_share[size_t(layer)];
@@ -77,7 +79,7 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare s
   float* active = gated ? gate : up;
   activate(active + first, nullptr, last - first, active + first);
   if (gated && !apart) activate_up(up + first, last - first);
-  if (!set && !choose) {
+  if (!list && !choose) {
     for (int i = begin; i < end; i++) z[i] = gated ? gate[i] * up[i] : up[i];
     return;
   }
@@ -113,7 +115,6 @@ void Decoder::prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, 
   const bool gated = config_.ffn_gated;
   const int step = gated ? 2 : 1, first = unit * kTileRows, n = row_end - row_begin;
   const size_t ld = size_t(step) * kTileRows;
-  const NeuronSet* set = chosen(pass, layer, false);
   float *gate = t.tile.data(), *up = gated ? gate + kTileRows : gate;
   if (w.ffn_rows) {
     // Kernels index results by neuron.
@@ -128,7 +129,10 @@ void Decoder::prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, 
   for (int i = row_begin; i < row_end; i++, gate += ld, up += ld) {
     float* z = b.z.row(i) + first;
     const float* threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos + i, false) : nullptr;
-    if (!threshold && !set && !pass.one) {
+    const uint8_t* flags = neurons_kept(pass, layer, i);
+    if (flags && pass.skipping.measure) {
+      measure(pass, w.ffn_rows, gate, up, flags + first, z);
+    } else if (!threshold && !flags && !pass.one) {
       activate(gate, gated ? up : nullptr, kTileRows, z);
     } else {
       activate(gate, nullptr, kTileRows, gate);
@@ -137,17 +141,33 @@ void Decoder::prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, 
       if (gated) tap_neurons(pass, kTapUp, i, first, kTileRows, up);
       int in_set = 0, kept = 0;
       for (int k = 0; k < kTileRows; k++) {
-        const bool offered = !set || set->keep[size_t(first + k)];
+        const bool offered = !flags || flags[first + k];
         const bool keep = offered && (!threshold || survives(gate[k], threshold, first + k));
         z[k] = !keep ? 0.0f : gated ? gate[k] * up[k] : gate[k];
         in_set += offered;
         kept += keep;
       }
-      if (set) count_neurons(pass, Site::N, w.ffn_rows, in_set, kTileRows, step);
+      if (flags) count_neurons(pass, Site::N, w.ffn_rows, in_set, kTileRows, step);
       if (threshold) count_neurons(pass, Site::G, w.ffn_rows, kept, in_set, 1);
     }
     if (w.ffn_down.quantised && !w.ffn_sub_norm) b.z.quantise(i, first, kTileRows);
   }
+}
+
+// 64 neurons of a row, all computed: how many a predictor named, and how many of those that are not 0.
+void Decoder::measure(const Pass& pass, const NeuronRows& w, float* gate, float* up, const uint8_t* flags,
+                      float* z) const {
+  activate(gate, config_.ffn_gated ? up : nullptr, kTileRows, z);
+  int named = 0, found = 0, needed = 0;
+  for (int k = 0; k < kTileRows; k++) {
+    named += flags[k];
+    needed += z[k] != 0;
+    found += z[k] != 0 && flags[k];
+  }
+  count_neurons(pass, Site::N, w, named, kTileRows, 0);
+  if (!pass.skipping.counts) return;
+  pass.skipping.counts->found.fetch_add(found, std::memory_order_relaxed);
+  pass.skipping.counts->needed.fetch_add(needed, std::memory_order_relaxed);
 }
 
 }  // namespace sr

@@ -82,6 +82,7 @@ void Decoder::prefill(int tid, const Pass& pass) {
       prepare_row(w.attn_norm, x_row(i), w.attn_qkv, &b.in, i);
       mask_row(pass, l, Site::A, i, &b.in);
     });
+    predict_block(t, pass, l, n * tid / threads, n * (tid + 1) / threads);
     pool_.barrier();
     multiply(w.attn_qkv, b.in, b.qkv.data(), b.ld_qkv, 0);
     pool_.barrier();
@@ -113,8 +114,9 @@ void Decoder::prefill(int tid, const Pass& pass) {
     const int blocks = (n - from + kMaxQueries - 1) / kMaxQueries;
     for_items(blocks * c.n_heads, [&](int item) { prefill_attention(t, pass, l, item, from); });
     pool_.barrier();
-    if (w.attn_o.quantised || w.attn_sub_norm || pass.one) {
+    if (w.attn_o.quantised || w.attn_sub_norm || pass.one || pass.skipping.predictor) {
       for_rows(from, [&](int i) {
+        mask_heads(pass, l, i, true, b.att.row(i));
         norm_row(w.attn_sub_norm, b.att.row(i), c.n_attn(), b.att.row(i));
         if (w.attn_o.quantised) b.att.quantise(i);
         mask_row(pass, l, Site::O, i, &b.att);

@@ -62,9 +62,11 @@ const float* Decoder::threshold_for(const Pass& pass, int layer, Site site, int 
     if (const float* t = plan->threshold(layer, site)) return t;
   }
   // Neurons that were left out, or are exactly 0, need no column of down.
-  const bool zeros = decode && (skips_zeros(pass) || chosen(pass, layer, true) ||
-                                (planned && plan->threshold(layer, Site::G)));
-  if (zeros && site == Site::Z && site_quantised(layer, site)) return no_threshold_.data();
+  if (!decode || !site_quantised(layer, site)) return nullptr;
+  if (site == Site::O && head_predictor(pass, layer, pos, true)) return no_threshold_.data();
+  const bool zeros = skips_zeros(pass) || chosen(pass, layer, true) || neuron_predictor(pass, layer, pos, true) ||
+                     (planned && plan->threshold(layer, Site::G));
+  if (site == Site::Z && zeros) return no_threshold_.data();
   return nullptr;
 }
 
@@ -81,7 +83,8 @@ void Decoder::count_held(const Pass& pass, int pos, bool decode, size_t bytes) c
   SiteCounts* counts = pass.skipping.counts;
   const SparsityPlan* plan = pass.skipping.plan;
   const bool planned = plan && (decode || pass.skipping.mask_blocks) && pos >= plan->dense_tokens();
-  const bool chosen = pass.skipping.neurons && (decode || pass.skipping.mask_neurons);
+  const bool chosen = (pass.skipping.neurons && (decode || pass.skipping.mask_neurons)) ||
+                      (predicting(pass, pos, decode) && !pass.skipping.measure);
   if (!counts || !(planned || chosen || (decode && skips_zeros(pass)))) return;
   counts->bytes_held.fetch_add(int64_t(bytes), std::memory_order_relaxed);
   counts->bytes_read.fetch_add(int64_t(bytes), std::memory_order_relaxed);

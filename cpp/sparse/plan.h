@@ -11,11 +11,12 @@
 namespace sr {
 
 // Thresholds work at the first five sites: A, O, M and Z choose columns, G chooses neurons by |act(gate)|. N are
-// neurons that others have chosen.
-enum class Site : uint8_t { A, O, M, Z, G, N };
+// neurons that others have chosen, H
+// heads.
+enum class Site : uint8_t { A, O, M, Z, G, N, H };
 constexpr int kSites = 5;
-constexpr int kAllSites = 6;
-constexpr const char* kSiteNames[kAllSites] = {"A", "O", "M", "Z", "G", "N"};
+constexpr int kAllSites = 7;
+constexpr const char* kSiteNames[kAllSites] = {"A", "O", "M", "Z", "G", "N", "H"};
 
 // Immutable once built; shared by sessions.
 class SparsityPlan {
@@ -48,6 +49,7 @@ class SparsityPlan {
 struct SiteCounts {
   std::array<std::atomic<int64_t>, kAllSites> kept{}, offered{};
   std::atomic<int64_t> bytes_read{0}, bytes_held{0};
+  std::atomic<int64_t> found{0}, needed{0};  // neurons that are not 0, and those of them that a predictor named
 };
 
 }  // namespace sr

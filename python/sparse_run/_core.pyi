@@ -144,6 +144,26 @@ class Sparsity:
     @property
     def dense_tokens(self) -> int: ...
 
+class Predictor:
+    """Low-rank predictors of the neurons and heads that a token needs (Deja Vu), bound to one model; shared by
+    sessions.
+
+    Scores are b_scale * (B (a_scale * (A h))), h being the residual stream at root mean square 1, in int8 blocks of 32;
+    item i is predicted where score[i] > threshold[i]. Neurons of a layer are predicted from the stream before its
+    attention, beside which the work is done; heads of a layer from the stream before the layer before it."""
+
+    def __init__(self, model: Model, arrays: dict[str, NDArray[Any]], dense_tokens: int = 16) -> None:
+        """arrays: `predictor.<layer>.neurons.KEY` (n = n_ff) and `predictor.<layer>.heads.KEY` (n = n_heads, not for
+        layer 0), KEY being a (int8 [rank, n_embd]), a_scale (float32 [rank]), b (int8 [n, rank]), b_scale and threshold
+        (float32 [n]): a sparsity file's own arrays; other names are passed over, layers without arrays are computed
+        whole. Positions before `dense_tokens` are, too. Raises UsageError where arrays do not fit or are not finite,
+        and for neurons where the FFN is stored in panels, with the way to convert it."""
+    @property
+    def dense_tokens(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a decoded token reads of the predictors."""
+
 class Session:
     """A KV cache and its buffers. Not for two threads at once, except `cancel`."""
 
@@ -171,16 +191,24 @@ class Session:
         """From now on decoding skips by `plan`. mask_prefill: blocks of tokens are masked as well, from position
         plan.dense_tokens on (dense products on masked inputs: the bits of sparse decoding, at prefill's speed)."""
     def density(self) -> dict[str, float]:
-        """Shares kept since the last call, by site: of columns ("A", "O", "M", "Z") or neurons ("N", chosen beforehand;
-        "G", of those by thresholds or exact zeros); sites where nothing was to be skipped are absent. "body": share of
-        the bytes of the layers' matrices that was read, over the tokens of which some could have been skipped. Resets
-        the counters."""
+        """Shares kept since the last call, by site: of columns ("A", "O", "M", "Z"), neurons ("N", chosen beforehand;
+        "G", of those by thresholds or exact zeros) or heads ("H"); sites where nothing was to be skipped are absent.
+        "body": share of the bytes of the layers' matrices that was read (predictors' bytes are added), over the tokens
+        of which some could have been skipped. "recall": see set_predictor. Resets the counters."""
     def set_neurons(self, sets: list[NDArray[np.int32] | None] | None, mask_prefill: bool = False) -> None:
         """From now on decoding computes these neurons of the FFN only: one entry a layer, an ascending int32 array or
         None for all; None instead of the list ends it. The others have z = 0 and none of their weights is read;
         thresholds and exact zeros work within the sets. Choosing costs nothing per token. mask_prefill: blocks of
         tokens are masked as well, to the same bits. Stays through truncate. Raises UsageError where a list is not
         ascending or out of range, and for a layer whose FFN is stored in panels, with the way to convert it."""
+    def set_predictor(self, predictor: Predictor | None, mask_prefill: bool = False, measure: bool = False) -> None:
+        """From now on decoding computes only what the predictor names, from position predictor.dense_tokens on; None:
+        everything. It goes before set_neurons; thresholds and exact zeros work within what is named. A head that is not
+        named reads neither keys nor values nor its columns of attn_o; the token's own keys and values are computed and
+        cached all the same, so that nothing is missing when a head is named later. mask_prefill: blocks of tokens are
+        masked as well, to the same bits. measure: nothing is left out; of blocks, density() then says which share of
+        the neurons would have been kept ("N") and which share of the neurons that are not 0 is among them
+        ("recall")."""
     def collect(self, kind: str | None) -> None:
         """Counts, from zero, what the tokens of blocks (prompts of two tokens or more) do to each neuron; None ends it
         and forgets. "griffin": sum over tokens of (z_tj / ||z_t||)^2; "core": in how many tokens' cores j is, a core
@@ -204,7 +232,8 @@ class Session:
         n_embd], and with `taps` the inputs of its sites before masking, {"A": [n, n_embd], "O", "M", "Z"}, and where
         the FFN is gated "G", act(gate) before masking (signed), and "U", what multiplies it, both [n, n_ff]. Uses the
         cache's memory of that layer (positions before pos must have been run through it); the session's tokens must be
-        empty. Masks as set by set_sparsity with mask_prefill. Calibration."""
+        empty. Masks as set by set_sparsity with mask_prefill; predictors are not used. Calibration, and traces for
+        training predictors: x is what a predictor sees, Z != 0 the neurons it should name, O the heads' outputs."""
     def step(self, sampler: Sampler) -> int:
         """Samples from the last logits, appends the token, evaluates it, returns it."""
     def sample(self, sampler: Sampler) -> int:

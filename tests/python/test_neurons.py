@@ -87,3 +87,68 @@ def test_mistakes_are_told(model: _core.Model) -> None:
         session.collect("mean")
     with pytest.raises(UsageError, match="call collect"):
         session.statistic()
+
+
+def low_rank(rng: np.random.Generator, rank: int, n: int, at: float) -> dict[str, np.ndarray]:
+    return {
+        "a": rng.integers(-127, 128, (rank, SHAPE.n_embd)).astype(np.int8),
+        "a_scale": np.full(rank, 0.001, np.float32),
+        "b": rng.integers(-127, 128, (n, rank)).astype(np.int8),
+        "b_scale": np.full(n, 0.001, np.float32),
+        "threshold": np.full(n, at, np.float32),
+    }
+
+
+def predictor_arrays(at: float = 0.1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(4)
+    arrays = {}
+    for layer in range(SHAPE.n_layers):
+        for what, n in (("neurons", SHAPE.n_ff), ("heads", SHAPE.n_heads)):
+            if what == "neurons" or layer:
+                made = low_rank(rng, 16, n, at)
+                arrays |= {f"predictor.{layer}.{what}.{key}": value for key, value in made.items()}
+    return arrays
+
+
+def test_predictors_decode_what_they_mask_in_blocks_and_report_it(model: _core.Model) -> None:
+    ids = prompt()
+    predictor = _core.Predictor(model, {**predictor_arrays(), "clusters.x": np.zeros(3)}, dense_tokens=20)
+    assert predictor.dense_tokens == 20 and predictor.nbytes > SHAPE.n_layers * 16 * (SHAPE.n_ff + SHAPE.n_embd)
+    masked, decoding, dense = (_core.Session(model, 128) for _ in range(3))
+    masked.set_predictor(predictor, mask_prefill=True)
+    rows = masked.eval_all(ids)
+    decoding.set_predictor(predictor)
+    decoding.eval(ids[:20])
+    decoding.density()
+    for i in range(20, 60):
+        decoding.eval(ids[i : i + 1])
+        assert np.array_equal(decoding.logits(), rows[i]), i
+    density = decoding.density()
+    assert 0.05 < density["N"] < 0.95 and 0.05 < density["H"] < 0.95 and 0 < density["body"] < 1.2
+    assert "recall" not in density
+    assert not np.array_equal(dense.eval_all(ids)[30], rows[30])
+    # Measured: nothing is left out.
+    measured = _core.Session(model, 128)
+    measured.set_predictor(predictor, measure=True)
+    dense.truncate(0)
+    assert np.array_equal(measured.eval_all(ids), dense.eval_all(ids))
+    report = measured.density()
+    # SwiGLU has no zeros: recall is the share that is named.
+    assert report["N"] == pytest.approx(report["recall"], abs=1e-6)
+
+
+def test_predictors_that_do_not_fit_are_refused(model: _core.Model) -> None:
+    sound = predictor_arrays()
+    for key, value, words in (
+        ("predictor.0.neurons.b", sound["predictor.0.neurons.b"][:500], "do not fit together"),
+        ("predictor.0.neurons.a", sound["predictor.0.neurons.a"][:, :200], "do not fit together"),
+        ("predictor.0.neurons.a", sound["predictor.0.neurons.a"].astype(np.int16), "int8"),
+        ("predictor.1.heads.threshold", np.full(4, np.nan, np.float32), "not a finite number"),
+        ("predictor.0.heads.a", sound["predictor.1.heads.a"], "predictor.0.heads.a_scale is missing"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            _core.Predictor(model, {**sound, key: value})
+    with pytest.raises(UsageError, match="no predictor"):
+        _core.Predictor(model, {})
+    with pytest.raises(UsageError, match="dense_tokens"):
+        _core.Predictor(model, sound, dense_tokens=-1)

@@ -68,6 +68,8 @@ class Model {
   std::string isa() const;
   int n_vocab() const;
   int n_ctx_train() const;
+  int n_layers() const;
+  int n_embd() const;
   size_t weight_bytes() const;     // of all tensors
   size_t bytes_per_token() const;  // that one decoded token reads
   bool copied() const;             // weights lie in huge pages, not in a mapping of the file
@@ -75,6 +77,7 @@ class Model {
  private:
   friend class Session;
   friend class Sparsity;
+  friend class Predictor;
   struct Impl;
   std::shared_ptr<Impl> impl_;
 };
@@ -95,12 +98,15 @@ class Sparsity {
   std::shared_ptr<Impl> impl_;
 };
 
-// Shares kept by site (A, O, M, Z: columns; G, N: neurons), below 0 where nothing was to be skipped, and the share of
-// the layers' bytes that was read for tokens of which some could have been skipped.
+class Predictor;
+
+// Shares kept by site (A, O, M, Z: columns; G, N: neurons; H: heads), below 0 where nothing was to be skipped, and the
+// share of the layers' bytes that was read for tokens of which some could have been skipped.
 struct Density {
-  static constexpr const char* kNames[] = {"A", "O", "M", "Z", "G", "N"};
-  double site[6] = {-1, -1, -1, -1, -1, -1};
+  static constexpr const char* kNames[] = {"A", "O", "M", "Z", "G", "N", "H"};
+  double site[7] = {-1, -1, -1, -1, -1, -1, -1};
   double body = -1;
+  double recall = -1;  // of neurons that are not 0, where a predictor was measured
 };
 
 // A KV cache and the tokens in it. One thread at a time (a second one gets Error(usage)), except `cancel`.
@@ -136,6 +142,10 @@ class Session {
   // From now on decoding computes these neurons only: for each layer an ascending list, or null for all; no lists at
   // all end it. mask_prefill: blocks of tokens as well. Throws Error(usage), also where the layer's FFN is in panels.
   void set_neurons(const std::vector<const std::vector<int32_t>*>& sets, bool mask_prefill);
+  // From now on decoding computes what a predictor names (predictor.h), null: everything; it goes before set_neurons.
+  // mask_prefill: blocks of tokens as well, to the same bits. measure: nothing is left out; of blocks, Density says
+  // what would have been kept (N) and the recall. Throws Error(usage) for another model's.
+  void set_predictor(const Predictor* predictor, bool mask_prefill, bool measure);
   // Counts what the tokens of prompts do to each neuron, from zero: "griffin" or "core" (cpp/sparse/statistic.h), ""
   // ends.
   void collect(const std::string& kind);
