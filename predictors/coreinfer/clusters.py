@@ -13,16 +13,25 @@ if TYPE_CHECKING:
 SEED = 42
 MOST, LEAST = 10, 4  # clusters tried, and the fewest that are used
 _ROUNDS = 100
+_STARTS = 8  # one start may leave a group parted and two joined
 
 
 def kmeans(
     points: NDArray[np.float32], k: int, seed: int = SEED
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], float]:
-    """Lloyd's algorithm from k-means++ starts: centroids [k, width], each point's cluster, and the sum of squared
-    distances. The same points and seed give the same clusters; k is at most the number of points."""
+    """The best of some runs of Lloyd's algorithm from k-means++ starts: centroids [k, width], each point's cluster, and the
+    sum of squared distances. The same points and seed give the same clusters; k is at most the number of points."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
+    return min((_lloyd(points, k, rng) for _ in range(_STARTS)), key=lambda run: run[2])
+
+
+def _lloyd(
+    points: NDArray[np.float32], k: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.int64], float]:
+    import numpy as np
+
     norms = np.square(points, dtype=np.float64).sum(1)
     width = points.astype(np.float64)
 

@@ -246,6 +246,7 @@ def frontier(figures: Figures) -> Any:
     axes.set_xlabel("decoded tokens per second (right is faster)")
     axes.set_ylabel("perplexity (lower is better)")
     axes.set_title(f"Quality against speed{': ' + figures.model if figures.model else ''}")
+    axes.margins(x=0.12, y=0.08)  # room for the names
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

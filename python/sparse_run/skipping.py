@@ -84,7 +84,7 @@ def _check_clusters(
 
 class Attached:
     """A session that skips. `before` and `after` go around every prompt; what they observe adds up while a conversation
-    goes on, and begins anew with an empty cache."""
+    goes on, and begins anew with a prompt of which less than half of what was read before is still in the cache."""
 
     def __init__(self, session: _core.Session, what: Skipping | _core.Sparsity | None, *, blocks: bool = False) -> None:
         """blocks: blocks of tokens are masked as decoding would mask them (the same bits), for scoring texts."""
@@ -95,6 +95,7 @@ class Attached:
         self._choice = self._skipping.choice if self._skipping is not None else None
         self.sets: list[NDArray[np.int32] | None] | None = None
         """The sets in use, one ascending list a layer; None: dense."""
+        self._read = 0  # tokens in the cache at the end of the last prompt
         if self._choice is not None:
             session.collect(self._choice.statistic)
 
@@ -107,7 +108,7 @@ class Attached:
         if self._choice is None:
             return
         self._use(None)
-        if not cached:
+        if 2 * cached < self._read or not cached:
             self.session.collect(self._choice.statistic)
 
     def after(self) -> None:
@@ -115,6 +116,7 @@ class Attached:
         from .predictors.coreinfer import selection
 
         s, choice = self._skipping, self._choice
+        self._read = self.session.n_past
         if s is None or choice is None or self.session.collected < choice.min_prompt:
             return
         found = self.session.statistic()

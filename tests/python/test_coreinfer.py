@@ -198,6 +198,12 @@ def test_a_conversation_chooses_after_each_prompt(
             a is not None and b is not None and not np.array_equal(a, b)
             for a, b in zip(first, attached.sets, strict=True)
         )
+        # Regenerating keeps what was observed; another text begins anew, although its first token is in the cache.
+        session.generate(ids[:60].tolist(), max_tokens=1, temperature=0, ignore_eos=True).read()
+        assert core.collected > 90
+        other = [int(ids[0]), *ids[200:270].tolist()]
+        session.generate(other, max_tokens=1, temperature=0, ignore_eos=True).read()
+        assert core.collected == 70
         session.clear()
         session.generate(ids[:60].tolist(), max_tokens=1, temperature=0, ignore_eos=True).read()
         assert core.collected == 60
@@ -312,6 +318,7 @@ def test_calibrate_generate_bench_and_eval(smollm2_neurons: Path, shared_dir: Pa
         "eval", "-m", packed, "--text", text, "--ctx", 128, "--chunks", 1, "--sparsity", "griffin-0.50", "--json"
     )
     assert scored.returncode == 0 and json.loads(scored.stdout)["density"]["N"] == pytest.approx(0.5, abs=0.01)
+    assert json.loads(scored.stdout)["prompt_tokens"] == 64
     bench = run_cli(
         "bench", "-m", packed, "--prompt", 8, "--gen", 4, "--reps", 2, "--sparsity", "griffin-0.50", "--json"
     )

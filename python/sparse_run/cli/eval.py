@@ -53,7 +53,8 @@ def command(
 
     The text is cut into chunks of CTX tokens and the second half of each is scored, as llama.cpp's perplexity tool does,
     so that figures can be compared. With --sparsity the text runs dense and sparse: the perplexity is the sparse run's, as
-    decoding gives it, and perplexity_dense, kl_mean, kl_p99, top1_agreement and density say how it differs.
+    decoding gives it, and perplexity_dense, kl_mean, kl_p99, top1_agreement and density say how it differs. A method that
+    chooses from the prompt takes the first half of a chunk for it.
 
     \b
     sparse-run eval -m model.gguf --text wiki.test.raw
@@ -87,17 +88,19 @@ def command(
         core = _core.Model(str(path), threads or 0)
         try:
             config = json.loads(core.config_json)
-            file = None
+            file = skipping = None
             if sparsity is not None and sparsity != "off":
                 say = None if quiet else lambda line: click.echo(line, err=True)
                 with Work(quiet=quiet) as work:
                     file = choose(sparsity, read_header(path), core, tokenizer, say=say, tick=work)
+            if file is not None:
+                skipping = bind(file, core)
             options = {"n_vocab": config["n_vocab"], "ctx": ctx, "chunks": chunks or None, "bos": bos}
             try:
                 result = (
                     perplexity(core, ids, **options, progress=progress)
-                    if file is None
-                    else compare(core, ids, bind(file, core), **options, progress=progress)
+                    if skipping is None
+                    else compare(core, ids, skipping, **options, progress=progress)
                 )
             except UsageError as error:
                 raise UsageError(f"{text_file}: {error}") from None
@@ -106,8 +109,11 @@ def command(
             core.close()
     if chunks and result.chunks < chunks and not quiet:
         click.echo(f"{text_file} has only {result.chunks} chunks of {ctx} tokens", err=True)
+    by_prompt = skipping is not None and skipping.by_prompt
     if as_json:
-        extra = {"sparsity": file.name} if file is not None else {}
+        extra: dict[str, object] = {"sparsity": file.name} if file is not None else {}
+        if by_prompt:
+            extra["prompt_tokens"] = ctx // 2
         found = {"model": config.get("name", path.name), **extra, **result.as_dict()}
         print_json({**found, "threads": used_threads, "isa": isa})
     elif isinstance(result, SparseResult):
@@ -119,6 +125,7 @@ def command(
             f"KL {result.kl_mean:.5f} a token, 99% below {result.kl_p99:.4f}; the same first choice for "
             f"{result.top1_agreement:.1%}\n"
             f"reads {result.density.get('body', 1.0):.1%} of the layers' weights ({sites})"
+            + (f"; chosen from the first {ctx // 2} tokens of each chunk, read dense" if by_prompt else "")
         )
     else:
         click.echo(
