@@ -13,6 +13,8 @@ from ...errors import UsageError
 from ...packed_header import SITES, PackedHeader
 from ...sparsity import SparsityFile
 from ..common import corpus
+from ..common.calibration import bytes_per_token
+from ..common.measure import speed
 from . import predictor as low_rank
 from .traces import ENERGY, HEAD_SHARE, LayerTrace, has_true_zeros, traces
 from .train import load_torch, train_low_rank
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 Tick = Callable[[str, float, float], None]
 """tick(line for people, work done, work in all)."""
 
-TRAIN_COST = 6.0  # work of one row and epoch of training, in tokens through a layer: only for the time left
+TRAIN_COST = 0.05  # of one row and epoch of a layer, in prompt tokens through the model: only for the time left
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Fit:
         self.n_embd, self.n_ff = int(header.config["n_embd"]), int(header.config["n_ff"])
         self.rank = rank_for(self.n_embd, options.rank)
         self._text, self._tick, self._done = text, tick, 0.0
-        layer = options.tokens * (1 + TRAIN_COST * options.epochs / 10)
-        self._total = 4.0 * options.tokens + layer * header.n_layers
+        self._layer_work = options.tokens * (1.5 / header.n_layers + TRAIN_COST * options.epochs * (1 + options.heads / 4))
+        made = options.tokens if text is None else options.tokens / 2
+        self._total = 4.0 * made + self._layer_work * header.n_layers
 
     def _step(self, what: str, work: float) -> None:
         self._done += work
@@ -121,15 +124,20 @@ class Fit:
         held = np.concatenate([np.arange(len(part)) % 10 == min(9, len(part) - 1) for part in parts])
         return np.concatenate(parts), held
 
+    @property
+    def runs(self) -> bool:
+        """Whether this model can decode with predictors: its FFN is stored by neuron."""
+        return all(part.layout["layout"] == "neurons" for layer in self.header.parts["M"] for part in layer)
+
     def file(self) -> SparsityFile:
-        """The sparsity file: predictors, thresholds and, in `quality`, recall, density and the trivial predictor's."""
+        """The sparsity file: predictors, thresholds and, in `quality`, recall, density and the trivial predictor's; where the
+        model can decode with it, what that costs and how fast it is."""
         from ... import _core
 
         chunks, held = self.chunks()
         config = self.header.config
         neurons: list[_Part] = []
         heads: list[_Part] = []
-        layer_work = (self._total - 4.0 * self.options.tokens) / self.header.n_layers
         for trace in traces(
             self.model, chunks, config=config, drop=self.options.dense_tokens, held_chunks=held
         ):
@@ -141,7 +149,7 @@ class Fit:
             self._step(
                 f"layer {trace.layer + 1} of {self.header.n_layers}: recall {at:.0%} where the previous token's set has "
                 f"{part.previous[0]:.0%}",
-                layer_work,
+                self._layer_work,
             )
         quality: dict[str, Any] = {"true_zeros": self.true_zeros, "rank": self.rank}
         arrays: dict[str, NDArray[Any]] = {}
@@ -153,7 +161,7 @@ class Fit:
         quality["predictor_share"] = predictor_bytes / max(
             1, sum(self.header.site_bytes(s, i) for s in ("M", "Z") for i in range(self.header.n_layers))
         )
-        return SparsityFile(
+        file = SparsityFile(
             method="dejavu",
             thresholds={},
             levels={site: [] for site in SITES},
@@ -170,6 +178,38 @@ class Fit:
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             arrays=arrays,
         )
+        if self.runs:
+            quality.update(self._decoded(file, chunks[held]))
+        return file
+
+    def _decoded(self, file: SparsityFile, held: NDArray[np.int32]) -> dict[str, Any]:
+        """Perplexity, KL divergence, densities and rates with the predictors, on chunks that training did not see."""
+        from ...eval.sparse import compare
+        from ...skipping import bind
+
+        skipping = bind(file, self.model)
+        n_vocab = int(self.header.config["n_vocab"])
+        found = compare(self.model, held.ravel().tolist(), skipping, n_vocab=n_vocab, ctx=self.ctx)
+        rates = speed(self.model, skipping, held[-1], sparse_from=skipping.sparse_from)
+        return {
+            "perplexity": found.perplexity,
+            "perplexity_dense": found.perplexity_dense,
+            "perplexity_increase": found.perplexity_increase,
+            "perplexity_increase_stderr": found.perplexity_increase_stderr,
+            "kl_mean": found.kl_mean,
+            "kl_p99": found.kl_p99,
+            "top1_agreement": found.top1_agreement,
+            "density": found.density,
+            "tokens_scored": found.tokens_scored,
+            "text": "held-out chunks",
+            "bytes_per_token": bytes_per_token(self.model, self.header, found.density.get("body", 1.0))
+            + int(file.quality["predictor_bytes"]),
+            "bytes_per_token_dense": self.model.bytes_per_token,
+            "tokens_per_s": rates[1],
+            "tokens_per_s_dense": rates[0],
+            "threads": self.model.threads,
+            "isa": self.model.isa,
+        }
 
     def _train(self, trace: LayerTrace, h: NDArray[np.float32], needed: NDArray[np.bool_]) -> _Part:
         rank = min(self.rank, needed.shape[1])

@@ -1,12 +1,12 @@
-"""How a sparsity file takes effect on a session of the core: thresholds at every token, or sets of neurons that are chosen
-once from each prompt and stay while its answer is decoded."""
+"""How a sparsity file takes effect on a session of the core: thresholds or predictors at every token, or sets of neurons that
+are chosen once from each prompt and stay while its answer is decoded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError, UsageError
+from .errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,8 @@ class Skipping:
     dense_tokens: int = 0
     plan: _core.Sparsity | None = None
     """Thresholds."""
+    predictor: _core.Predictor | None = None
+    """Sets of neurons and heads for every token."""
     choice: Choice | None = None
     """Sets of neurons from the prompt."""
     centroids: NDArray[np.float32] | None = None
@@ -42,17 +44,15 @@ class Skipping:
 
 
 def bind(file: SparsityFile, model: _core.Model) -> Skipping:
-    """A file's thresholds or sets for an opened model. Raises ModelError where its arrays are damaged, UsageError where the
-    model's layout does not allow the method."""
+    """A file's thresholds, predictors or sets for an opened model. Raises ModelError where its arrays are damaged, UsageError
+    where the model's layout does not allow the method."""
     import json
 
     config: dict[str, Any] = json.loads(model.config_json)
     n_ff, n_layers = int(config["n_ff"]), int(config["n_layers"])
     plan = file.plan(model) if any(t is not None for layers in file.thresholds.values() for t in layers) else None
     if file.method == "dejavu":
-        raise UsageError(
-            f"{file.path}: trained predictors cannot decode yet; their recall and density are in the file (sparse-run plot)"
-        )
+        return Skipping(file.dense_tokens, plan, predictor=_predictor(file, model, config))
     if file.method in ("griffin", "coreinfer"):
         from .predictors.coreinfer.selection import Choice
 
@@ -64,6 +64,22 @@ def bind(file: SparsityFile, model: _core.Model) -> Skipping:
             _check_clusters(file, centroids, lists, (n_layers, n_ff, choice.keep(n_ff)))
         return Skipping(file.dense_tokens, plan, choice=choice, centroids=centroids, lists=lists)
     return Skipping(file.dense_tokens, plan)
+
+
+def _predictor(file: SparsityFile, model: _core.Model, config: dict[str, Any]) -> _core.Predictor:
+    from . import _core
+    from .predictors.dejavu import predictor as low_rank
+
+    where = str(file.path or "the sparsity file")
+    n_layers = int(config["n_layers"])
+    found = 0
+    for what, n in (("neurons", int(config["n_ff"])), ("heads", int(config["n_heads"]))):
+        for i in range(n_layers):
+            read = low_rank.read(file.arrays, i, what, n_embd=int(config["n_embd"]), n=n, where=where)
+            found += read is not None
+    if not found:
+        raise ModelError(f"{where} holds no predictors; train them again with `sparse-run train-predictor`")
+    return _core.Predictor(model, file.arrays, file.dense_tokens)
 
 
 def _check_clusters(
@@ -98,6 +114,8 @@ class Attached:
         self._read = 0  # tokens in the cache at the end of the last prompt
         if self._choice is not None:
             session.collect(self._choice.statistic)
+        if self._skipping is not None and self._skipping.predictor is not None:
+            session.set_predictor(self._skipping.predictor, mask_prefill=blocks)
 
     @property
     def by_prompt(self) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from sparse_run.predictors.common.layers import Stream
 from sparse_run.predictors.dejavu import predictor as low_rank
 from sparse_run.predictors.dejavu.fit import Fit, Options, advice, rank_for
 from sparse_run.predictors.dejavu.traces import active_neurons, needed_heads, normalised, traces
+from sparse_run.skipping import Attached, bind
 from sparse_run.tokenizer import Tokenizer
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -104,6 +106,50 @@ def test_the_report_is_what_the_stored_arrays_do(
         assert report["recall"] == pytest.approx(found, abs=2e-3)
         assert report["density"] == pytest.approx(predicted.mean(), abs=2e-3)
         assert report["active"] == pytest.approx(needed.mean(), abs=1e-6)
+
+
+def test_decoding_with_the_predictors(
+    made: sparsity.SparsityFile, model: _core.Model, header: PackedHeader, text: str
+) -> None:
+    """The engine predicts what NumPy predicts, and what is measured in the file is what decoding with it does."""
+    q = made.quality
+    assert q["perplexity"] < 1.5 * q["perplexity_dense"] and q["kl_mean"] > 0 and q["top1_agreement"] > 0.5
+    assert q["tokens_per_s"] > 0 and q["tokens_per_s_dense"] > 0
+    assert q["density"]["N"] == pytest.approx(q["neurons"]["density"], abs=0.05) and 0 < q["density"]["H"] < 1
+    ids = np.frombuffer(text.encode()[5000:5200], np.uint8).astype(np.int32)
+    session = _core.Session(model, 256)
+    session.set_predictor(_core.Predictor(model, made.arrays, 16), measure=True)
+    dense = _core.Session(model, 256)
+    assert np.array_equal(session.eval_all(ids), dense.eval_all(ids)), "measuring leaves nothing out"
+    found = session.density()
+    stream = Stream(model, ids[None])
+    kept = needed = hit = 0
+    for layer in range(3):
+        h = normalised(stream.x[0, 16:])
+        stream.x[0], taps = stream.run(layer, stream.x[0], taps=True)
+        trained = low_rank.read(made.arrays, layer, "neurons", n_embd=96, n=384)
+        assert trained is not None
+        predicted, active = trained.predict(h), taps["Z"][16:] != 0
+        kept, needed, hit = kept + predicted.sum(), needed + active.sum(), hit + (predicted & active).sum()
+    # The engine rounds what a predictor reads to 8 bits.
+    assert found["N"] == pytest.approx(kept / (3 * 184 * 384), rel=0.02)
+    assert found["recall"] == pytest.approx(hit / needed, abs=0.01)
+
+    everything = {k: np.full_like(v, -1e30) if k.endswith("threshold") else v for k, v in made.arrays.items()}
+    all_of_it = replace(made, arrays=everything)
+    attached = Attached(_core.Session(model, 256), bind(all_of_it, model), blocks=True)
+    dense.truncate(0)
+    assert np.array_equal(attached.logits(ids), dense.eval_all(ids))
+    blocks = Attached(_core.Session(model, 256), bind(made, model), blocks=True)
+    by_blocks = blocks.logits(ids[:60])
+    single = Attached(_core.Session(model, 256), bind(made, model))
+    single.prompt(ids[:16])
+    for i in range(16, 60):
+        single.session.eval(ids[i : i + 1])
+        assert np.array_equal(single.session.logits(), by_blocks[i])
+    assert single.session.density()["N"] < 0.75
+    with pytest.raises(ModelError, match="holds no predictors"):
+        bind(replace(made, arrays={}), model)
 
 
 def test_the_file_survives_and_damage_is_named(made: sparsity.SparsityFile, header: PackedHeader, tmp_path: Path) -> None:

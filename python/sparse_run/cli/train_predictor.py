@@ -60,7 +60,8 @@ def command(
 
     For models whose FFN makes true zeros (ReLU, squared ReLU, FATReLU). Traces come from the model's own generations, and
     from --text for one half. Reports recall and density of every layer beside those of the trivial predictor that reuses
-    the previous token's set. Needs PyTorch, for training only: pip install 'sparse-run[train]'.
+    the previous token's set, and where the model is stored in the layout neurons what decoding with them costs and how
+    fast it is. Needs PyTorch, for training only: pip install 'sparse-run[train]'.
 
     \b
     sparse-run train-predictor -m model.gguf                    writes dejavu, for --sparsity dejavu
@@ -113,4 +114,16 @@ def command(
         f"  rank {file.quality['rank']}, {file.quality['predictor_bytes'] / 1e6:.2f} MB "
         f"({file.quality['predictor_share']:.1%} of the FFN's bytes)"
     )
+    q = file.quality
+    if "tokens_per_s" in q:
+        click.echo(
+            f"  perplexity {q['perplexity_dense']:.3f} -> {q['perplexity']:.3f} ({q['perplexity_increase']:+.2%}) on "
+            f"{q['tokens_scored']} held-out tokens; reads {q['density'].get('body', 1.0):.1%} of the layers' weights; "
+            f"{q['tokens_per_s_dense']:.1f} -> {q['tokens_per_s']:.1f} tokens/s"
+        )
+    else:
+        click.echo(
+            "  this model cannot decode with it: its FFN is stored in the layout panels; train with the model that "
+            "`sparse-run convert --layout neurons` makes"
+        )
     click.echo(f"  {target}")
