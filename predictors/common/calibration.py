@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -163,20 +164,31 @@ class Calibration(abc.ABC):
         return self._chunks
 
     def _generated(self, count: int) -> NDArray[np.int32]:
-        def compute() -> dict[str, NDArray[Any]]:
-            # Decoding a token takes about four times as long as reading one of a prompt.
-            self.announce(4.0 * count * self.ctx)
-            made = corpus.generate(
+        """Chunks of the model's own text [count, ctx], each a stage of its own: they take long."""
+        import numpy as np
+
+        keys = [[number, self.ctx, self.options.seed] for number in range(count)]
+        # Decoding a token takes about four times as long as reading one of a prompt.
+        self.announce(4.0 * self.ctx * sum(not self.stage_path("text", key).exists() for key in keys))
+
+        def make(number: int) -> dict[str, NDArray[Any]]:
+            what = f"text of the model's own, {number + 1} of {count}"
+            found = corpus.generate(
                 self.model,
                 self.tokenizer,
-                chunks=count,
+                chunks=1,
                 ctx=self.ctx,
-                seed=self.options.seed,
-                tick=lambda what, n: self.step(what, 4 * n),
+                seed=self.options.seed + 7919 * number,
+                tick=lambda _, n: self.step(what, 4 * n),
             )
-            return {"chunks": made}
+            return {"chunks": found}
 
-        return self.stage("text", [count, self.ctx, self.options.seed], compute)["chunks"]
+        return np.concatenate([self.stage("text", key, partial(make, n))["chunks"] for n, key in enumerate(keys)])
+
+    def stage_path(self, name: str, key: list[Any]) -> Path:
+        """Where a stage's arrays are kept."""
+        text = json.dumps([_VERSION, self.header.fingerprint, name, key])
+        return folder(self.header.path) / ".work" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 
     def stage(
         self, name: str, key: list[Any], compute: Callable[[], dict[str, NDArray[Any]]]
@@ -184,9 +196,8 @@ class Calibration(abc.ABC):
         """Arrays that were computed before for the same model and key, or are now."""
         import numpy as np
 
-        text = json.dumps([_VERSION, self.header.fingerprint, name, key])
-        work = folder(self.header.path) / ".work"
-        path = work / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+        path = self.stage_path(name, key)
+        work = path.parent
         with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile, EOFError), np.load(path) as stored:
             return {key: stored[key] for key in stored.files}
         arrays = compute()
@@ -256,7 +267,7 @@ class Calibration(abc.ABC):
         low = max([t for t, i in known if i <= budget], default=0.0)
         high = min([t for t, i in known if i > budget and t > low], default=self.MAX_LEVEL)
         if low > 0 and high == self.MAX_LEVEL or not known:
-            level = min(0.8, max(low + 0.05, 0.25 * (budget / 0.01) ** 0.35))
+            level = min(0.8, max(low + 0.05, 0.17 * (budget / 0.01) ** 0.35))
         else:
             level = (low + high) / 2
         for _ in range(7):

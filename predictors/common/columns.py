@@ -1,4 +1,4 @@
-"""Norms of the columns of stored matrices, for scores that weigh an input with what it feeds."""
+"""The columns of stored matrices: their norms, for scores that weigh an input with what it feeds, and their bytes."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def column_norms(header: PackedHeader, site: str, layer: int) -> NDArray[np.floa
             at += size
     norms: NDArray[np.float32] = np.sqrt(total).astype(np.float32)
     return norms
+
+
+def column_bytes(header: PackedHeader, site: str, layer: int) -> float:
+    """Bytes of the codes of the matrices that a site feeds: what skipping all inputs would save. Scales and minima are read
+    whole, whatever is skipped."""
+    total = 0.0
+    for part in header.parts[site][layer]:
+        m = part.layout
+        if m["layout"] == "panels" and part.quantised:
+            total += -(-int(m["rows"]) // 64) * 64 * int(m["cols"]) * int(m["kind"][1:]) / 8
+    return total

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BLOCK = 256  # rows that run_layer takes at a time
 POINTS = 1001  # of a quantile table: level 0, 0.001 ... 1
-_SAMPLES = 1 << 21  # values that a quantile table is made from; more do not move it
+_SAMPLES = 1 << 19  # values that a quantile table is made from; more do not move it
 
 
 class Stream:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ...packed_header import SITES, PackedHeader
 from ..common import allocate, calibration
+from ..common.columns import column_bytes, column_norms
 from ..common.layers import POINTS, Stream, quantile_table, threshold_at
+from . import greedy, shape
 from .sensitivity import Sensitivity, branch_error
 
 if TYPE_CHECKING:
@@ -20,10 +24,11 @@ if TYPE_CHECKING:
     from ...tokenizer import Tokenizer
 
 SCORES = ("abs", "wina")
-PROBE = 256  # positions of a chunk that error curves are measured on
-CURVE_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
-GREEDY_STEP = 0.05
-GROUPS = 6
+PROBE = 192  # positions of a chunk that greedy searches look at
+SENSED = (8, 256)  # chunks, and positions of each, that sensitivities are measured on
+SCORED_FROM = 64  # of those positions
+ANCHORS = (0.15, 0.3, 0.5)  # levels at which sensitivities are measured
+MIN_LEVEL = 0.05  # a mask that skips less costs more than it brings
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,10 @@ class Fit(calibration.Calibration):
 
         super().__init__(model, tokenizer, header, options, text=text, tick=tick)
         self._tables: NDArray[np.float32] | None = None
-        self._curves: NDArray[np.float64] | None = None
         self._greedy: dict[str, NDArray[np.float64]] | None = None
         self._norms: dict[str, list[NDArray[np.float32]]] | None = None
         self.weights = np.asarray(
-            [[header.site_bytes(s, i) * header.maskable(s, i) for s in SITES] for i in range(header.n_layers)],
+            [[column_bytes(header, s, i) * header.maskable(s, i) for s in SITES] for i in range(header.n_layers)],
             np.float64,
         )
         """Bytes that a layer and site can skip, [n_layers, 4]."""
@@ -79,8 +83,6 @@ class Fit(calibration.Calibration):
     def column_norms(self) -> dict[str, list[NDArray[np.float32]]]:
         """Norms of the columns that a site multiplies, by site and layer [width]; for the score |x| times norm."""
         if self._norms is None:
-            from ..common.columns import column_norms
-
             self._norms = {
                 site: [column_norms(self.header, site, i) for i in range(self.header.n_layers)] for site in SITES
             }
@@ -140,79 +142,62 @@ class Fit(calibration.Calibration):
         only[layer] = np.where(levels > 0, levels, np.nan)
         return self.plan(only)
 
-    def _probes(self) -> list[int]:
-        """The chunks that error curves are measured on: one of the model's own text, one of the other half."""
-        return [0, len(self.chunks()[0]) - 1]
+    def factors(self, anchor: float) -> NDArray[np.float64]:
+        """Factors on the greedy levels [n_layers, 4] that sensitivities measured at the level `anchor` call for."""
+        constants = [
+            SENSED,
+            SCORED_FROM,
+            shape.RAISE,
+            shape.DEPTHS,
+            shape.POWER,
+            shape.MAX_STEP,
+            shape.SPREAD,
+            MIN_LEVEL,
+        ]
+        key = [*self.key(), anchor, *constants]
+        return self.stage("factors", key, lambda: self._make_factors(anchor))["factors"]
 
-    def curves(self) -> NDArray[np.float64]:
-        """Relative squared error of a layer's branch at CURVE_LEVELS of one site, [n_layers, 4, levels]."""
-        if self._curves is None:
-            self._curves = self.stage("curves", [*self.key(), PROBE, CURVE_LEVELS], self._make_curves)["curves"]
-        return self._curves
-
-    def _make_curves(self) -> dict[str, NDArray[Any]]:
+    def _make_factors(self, anchor: float) -> dict[str, NDArray[Any]]:
         import numpy as np
 
         fit, _ = self.chunks()
-        self.tables()
-        layers, probes = self.header.n_layers, self._probes()
-        self.announce(len(CURVE_LEVELS) * len(SITES) * PROBE * len(probes))
-        curves = np.zeros((layers, len(SITES), len(CURVE_LEVELS)))
-        stream = Stream(self.model, fit[probes])
-        for layer in range(layers):
-            before = stream.x[:, :PROBE].copy()
-            stream.advance(0)
-            after = stream.x[:, :PROBE]
-            for k in range(len(SITES)):
-                if not self.weights[layer, k]:
-                    continue
-                for j, level in enumerate(CURVE_LEVELS):
-                    plan = self._alone(layer, np.eye(len(SITES))[k] * level)
-                    errors = [
-                        branch_error(x, y, stream.run(layer, x, plan)[0], self.options.dense_tokens)
-                        for x, y in zip(before, after, strict=True)
-                    ]
-                    curves[layer, k, j] = np.mean(errors)
-            work = len(CURVE_LEVELS) * len(SITES) * PROBE * len(probes) / layers
-            self.step(f"error curves, layer {layer + 1} of {layers}", work)
-        return {"curves": curves}
+        self.greedy()
+        picks = np.unique(np.linspace(0, len(fit) - 1, SENSED[0]).astype(int))
+        chunks = fit[picks, : SENSED[1]]
+        runs = 1 + shape.runs(*self.weights.shape)
+        self.announce(1.2 * chunks.size * runs)
+        sensitivity: list[Sensitivity] = []
+        kept: list[Path] = []
 
-    def kappas(self) -> NDArray[np.float64]:
-        """KL divergence of the output per unit of a layer's error, [n_layers, 4]; equal within a group of layers."""
+        def divergence(levels: NDArray[np.float64]) -> NDArray[np.float64]:
+            def compute() -> dict[str, NDArray[Any]]:
+                if not sensitivity:
+                    sensitivity.append(Sensitivity(self.model, chunks, min(SCORED_FROM, chunks.shape[1] // 2)))
+                    self.step("sensitivity", 1.2 * chunks.size)
+                return {"kl": sensitivity[0].kl(self.plan(np.where(levels > 0, levels, np.nan)))}
 
-        def compute() -> dict[str, NDArray[Any]]:
-            return {"kappas": self._make_kappas()}
+            at = [*self.key(), SENSED, SCORED_FROM, hashlib.sha256(levels.tobytes()).hexdigest()]
+            kept.append(self.stage_path("divergence", at))
+            return self.stage("divergence", at, compute)["kl"]
 
-        self.curves()
-        return self.stage("kappas", [*self.key(), PROBE, CURVE_LEVELS, GROUPS], compute)["kappas"]
-
-    def _make_kappas(self) -> NDArray[np.float64]:
-        import numpy as np
-
-        fit, _ = self.chunks()
-        curves, layers = self.curves(), self.header.n_layers
-        groups = np.array_split(np.arange(layers), min(GROUPS, layers))
-        at = CURVE_LEVELS.index(0.5)
-        work = 4.0 * PROBE
-        self.announce(work * (len(groups) * len(SITES) + 1))
-        picks = np.unique(np.linspace(0, len(fit) - 1, 4).astype(int))
-        sensitivity = Sensitivity(self.model, fit[picks, :PROBE], self.n_vocab)
-        self.step("sensitivity", work)
-        kappas = np.zeros_like(self.weights)
-        for group in groups:
-            for k, site in enumerate(SITES):
-                error = curves[group, k, at].sum()
-                if error > 0:
-                    levels = np.full_like(self.weights, np.nan)
-                    levels[group, k] = CURVE_LEVELS[at]
-                    kappas[group, k] = max(sensitivity.kl(self.plan(levels)), 1e-9) / error
-                self.step(f"sensitivity, layers {group[0]} to {group[-1]}, site {site}", work)
-        return kappas
+        start = shape.rescaled(self._greedy_levels(anchor), self.weights, anchor, allocate.MAX_LEVEL)
+        levels, measured = shape.fit_shape(
+            divergence,
+            self.weights,
+            anchor,
+            allocate.MAX_LEVEL,
+            start,
+            lambda what: self.step(what, 1.2 * chunks.size),
+        )
+        for path in kept:  # they only served an interrupted run
+            path.unlink(missing_ok=True)
+        return {"factors": np.where(start > 0, levels / np.maximum(start, 1e-9), 1.0), "divergences": measured}
 
     def greedy(self) -> dict[str, NDArray[np.float64]]:
         """Greedy paths within each block: "levels" [n_layers, steps, 4] and the bytes skipped, "shares" [n_layers, steps]."""
         if self._greedy is None:
-            self._greedy = self.stage("greedy", [*self.key(), PROBE, GREEDY_STEP], self._make_greedy)
+            constants = [PROBE, greedy.STEP, greedy.LARGEST_STEP, greedy.UP_TO]
+            self._greedy = self.stage("greedy", [*self.key(), *constants], self._make_greedy)
         return self._greedy
 
     def _make_greedy(self) -> dict[str, NDArray[Any]]:
@@ -220,48 +205,39 @@ class Fit(calibration.Calibration):
 
         fit, _ = self.chunks()
         self.tables()
-        layers, probes = self.header.n_layers, self._probes()
-        half = PROBE // 2
-        sites = range(len(SITES))
-        levels_of: list[list[NDArray[np.float64]]] = []
-        work = 100.0 * half * len(probes)
+        layers = self.header.n_layers
+        probes = [0, len(fit) - 1]  # one chunk of the model's own text, one of the other half
+        paths: list[list[NDArray[np.float64]]] = []
+        work = 60.0 * PROBE * len(probes)
         self.announce(work)
-        stream = Stream(self.model, fit[probes])
+        stream = Stream(self.model, fit[probes, :PROBE])
         for layer in range(layers):
-            before = stream.x[:, :half].copy()
+            before = stream.x.copy()
             stream.advance(0)
-            after = stream.x[:, :half]
+            after = stream.x
+
+            def error(levels: NDArray[np.float64], layer: int = layer) -> float:
+                plan = self._alone(layer, levels)
+                errors = [
+                    branch_error(x, y, stream.run(layer, x, plan)[0], self.options.dense_tokens)
+                    for x, y in zip(before, after, strict=True)  # noqa: B023 - called within this turn of the loop
+                ]
+                return float(np.mean(errors))
+
             share = self.weights[layer] / max(1.0, self.weights[layer].sum())
-            # A step of a small matrix would skip all of it at once: steps are capped and compared per byte.
-            steps = np.minimum(GREEDY_STEP / np.maximum(share, 1e-9), 2 * GREEDY_STEP)
-            now, error = np.zeros(len(SITES)), 0.0
-            path = [now]
-            while share.any() and (now * share).sum() < allocate.MAX_LEVEL - 1e-9:
-                best: tuple[float, float, NDArray[np.float64]] | None = None
-                for k in sites:
-                    if not share[k] or now[k] >= allocate.MAX_LEVEL:
-                        continue
-                    tried = now.copy()
-                    tried[k] = min(allocate.MAX_LEVEL, now[k] + steps[k])
-                    plan = self._alone(layer, tried)
-                    errors = [
-                        branch_error(x, y, stream.run(layer, x, plan)[0], self.options.dense_tokens)
-                        for x, y in zip(before, after, strict=True)
-                    ]
-                    mean = float(np.mean(errors))
-                    cost = (mean - error) / (share[k] * (tried[k] - now[k]))
-                    if best is None or cost < best[0]:
-                        best = cost, mean, tried
-                if best is None:
-                    break
-                _, error, now = best
-                path.append(now)
-            levels_of.append(path)
+            paths.append(greedy.path(error, share, allocate.MAX_LEVEL))
             self.step(f"greedy search, layer {layer + 1} of {layers}", work / layers)
-        longest = max(len(path) for path in levels_of)
-        levels = np.stack([np.stack([*path, *[path[-1]] * (longest - len(path))]) for path in levels_of])
+        longest = max(len(path) for path in paths)
+        levels = np.stack([np.stack([*path, *[path[-1]] * (longest - len(path))]) for path in paths])
         shares = (levels * (self.weights / np.maximum(self.weights.sum(1, keepdims=True), 1.0))[:, None]).sum(2)
         return {"levels": levels, "shares": shares}
+
+    def _greedy_levels(self, target: float) -> NDArray[np.float64]:
+        import numpy as np
+
+        paths = self.greedy()
+        rows = [allocate.along_path(p, s, target) for p, s in zip(paths["levels"], paths["shares"], strict=True)]
+        return np.stack(rows)
 
     # Allocation
 
@@ -274,19 +250,14 @@ class Fit(calibration.Calibration):
         if target > allocate.MAX_LEVEL:
             raise UsageError(f"a level of {target:g} is above {allocate.MAX_LEVEL}, the most that an allocation skips")
         if allocation == "greedy":
-            paths = self.greedy()
-            rows = [allocate.along_path(p, s, target) for p, s in zip(paths["levels"], paths["shares"], strict=True)]
-            out = np.stack(rows)
+            out = self._greedy_levels(target)
         elif allocation == "global":
-            measured = self.curves().reshape(-1, len(CURVE_LEVELS))
-            kappas = self.kappas().reshape(-1, 1)
-            points = np.asarray(CURVE_LEVELS)
-            curves = kappas * np.stack([allocate.convex_curve(points, row) for row in measured])
-            out = allocate.equal_marginal_cost(curves, self.weights.ravel(), target).reshape(self.weights.shape)
+            anchor = min(ANCHORS, key=lambda a: abs(math.log(a / target)))
+            moved = self._greedy_levels(target) * self.factors(anchor)
+            out = shape.rescaled(moved, self.weights, target, allocate.MAX_LEVEL)
         else:
             raise UsageError(f"allocation is {allocation!r}; it must be one of {', '.join(self.ALLOCATIONS)}")
-        # A mask that skips next to nothing costs more than it brings.
-        return np.where(out < 0.02, np.nan, out)
+        return np.where(out < MIN_LEVEL, np.nan, out)
 
     def thresholds_at(
         self, allocation: str, target: float
@@ -296,7 +267,9 @@ class Fit(calibration.Calibration):
         return self.thresholds(levels), shares
 
     def prepare(self, allocation: str) -> None:
-        self.levels(allocation, 0.5)
+        self.tables()
+        if allocation != "uniform":
+            self.greedy()
 
     def name_of(self, allocation: str, level: float | None, budget: float | None) -> str:
         """ "uniform-0.50" for a level; "teal-1pct" for a budget."""

@@ -191,7 +191,8 @@ class Session:
         """From now on decoding skips by `plan`. mask_prefill: blocks of tokens are masked as well, from position
         plan.dense_tokens on (dense products on masked inputs: the bits of sparse decoding, at prefill's speed)."""
     def density(self) -> dict[str, float]:
-        """Shares kept since the last call, by site: of columns ("A", "O", "M", "Z"), neurons ("N", chosen beforehand;
+        """Shares read since the last call, by site (an input above its threshold whose int8 code is 0 adds nothing, is not
+        read and not counted): of columns ("A", "O", "M", "Z"), neurons ("N", chosen beforehand;
         "G", of those by thresholds or exact zeros) or heads ("H"); sites where nothing was to be skipped are absent.
         "body": share of the bytes of the layers' matrices that was read (predictors' bytes are added), over the tokens
         of which some could have been skipped. "recall": see set_predictor. Resets the counters."""

@@ -16,7 +16,7 @@ from sparse_run import sparsity
 from sparse_run.errors import ModelError, UsageError
 from sparse_run.eval.choice import read_questions
 from sparse_run.packed_header import SITES, PackedHeader, read_header
-from sparse_run.predictors.common.allocate import MAX_LEVEL, STEP, along_path, convex_curve, equal_marginal_cost
+from sparse_run.predictors.common.allocate import MAX_LEVEL, along_path
 from sparse_run.predictors.teal.fit import Fit
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -209,35 +209,6 @@ def test_bad_options_of_calibrate(packed: Path, run_cli: RunCli, words: tuple[st
     assert not sparsity.folder(packed).exists()
 
 
-def test_convex_curve_goes_through_a_power_law() -> None:
-    levels = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9])
-    curve = convex_curve(levels, 2 * levels**3)
-    grid = np.arange(91) * STEP
-    assert curve[0] < 1e-6 and np.allclose(curve[10:], 2 * grid[10:] ** 3, rtol=0.01)
-    noisy = convex_curve(levels, np.array([1e-3, 8e-3, 6e-3, 0.06, 0.1, 0.3, 0.2, 1.0]))
-    assert (np.diff(noisy, 2) > -1e-12).all(), "marginal costs never fall"
-
-
-def test_equal_marginal_cost_is_optimal() -> None:
-    """Against a search over all pairs of levels."""
-    grid = np.arange(91) * STEP
-    curves = np.stack([0.3 * grid**2.2, 2.0 * grid**3])
-    weights = np.array([1.0, 3.0])
-    for target in (0.1, 0.3, 0.6):
-        levels = equal_marginal_cost(curves, weights, target)
-        assert (levels * weights).sum() / weights.sum() == pytest.approx(target, abs=2e-3)
-        cost = sum(np.interp(s, grid, c) for s, c in zip(levels, curves, strict=True))
-        best = min(
-            curves[0, i] + np.interp((target * 4 - grid[i]) / 3, grid, curves[1])
-            for i in range(91)
-            if 0 <= (target * 4 - grid[i]) / 3 <= MAX_LEVEL
-        )
-        assert cost <= best * 1.01 + 1e-4
-    blocked = equal_marginal_cost(curves, np.array([1.0, 0.0]), 0.4)
-    assert blocked[0] == pytest.approx(0.4, abs=0.01) and blocked[1] == 0
-    assert not equal_marginal_cost(curves, weights, 0.0).any()
-
-
 def test_along_path() -> None:
     path = np.array([[0.0, 0.0], [0.2, 0.0], [0.2, 0.4]])
     assert np.allclose(along_path(path, np.array([0.0, 0.1, 0.3]), 0.2), [0.2, 0.2])
@@ -280,7 +251,7 @@ def test_search_for_a_budget(monkeypatch: pytest.MonkeyPatch, factor: float, pow
         return self._increases[allocation, target]
 
     monkeypatch.setattr(Fit, "increase", increase)
-    monkeypatch.setattr(Fit, "levels", lambda *_: None)
+    monkeypatch.setattr(Fit, "prepare", lambda *_: None)
     fit = Fit.__new__(Fit)
     fit._increases = {}
     for budget in (0.005, 0.01, 0.02, 0.05):

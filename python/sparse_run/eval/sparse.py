@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
@@ -44,9 +44,12 @@ class SparseResult:
     ctx: int
     chunks: int
     seconds: float
+    token_nll: NDArray[np.float64] = field(repr=False)
+    """Negative log-likelihood of every scored token in the sparse run, for comparing two runs of the same text."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All but `token_nll`."""
+        return {key: value for key, value in vars(self).items() if key != "token_nll"}
 
 
 def compare(
@@ -113,6 +116,7 @@ def compare(
         ctx=ctx,
         chunks=len(ids),
         seconds=time.perf_counter() - start,
+        token_nll=nll_sparse,
     )
 
 
