@@ -1,6 +1,7 @@
 // Large buffers are anonymous mappings without huge pages: a cache of which a tenth is used then costs a tenth.
 #include "base/aligned_buffer.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +19,8 @@ namespace {
 
 constexpr size_t kAlign = 64;
 constexpr size_t kLarge = 256 * 1024;  // from here on whole pages are asked for
+
+std::atomic<size_t> allocated{0};
 
 [[noreturn]] void out_of_memory(size_t bytes, const char* what) {
   char text[200];
@@ -42,17 +45,20 @@ void* allocate_zeroed(size_t bytes, const char* what) {
 #ifdef MADV_NOHUGEPAGE
     madvise(p, bytes, MADV_NOHUGEPAGE);
 #endif
+    allocated.fetch_add(bytes, std::memory_order_relaxed);
     return p;
   }
 #endif
   void* p = ::operator new(rounded(bytes), std::align_val_t(kAlign), std::nothrow);
   if (!p) out_of_memory(bytes, what);
   std::memset(p, 0, rounded(bytes));
+  allocated.fetch_add(bytes, std::memory_order_relaxed);
   return p;
 }
 
 void free_zeroed(void* data, size_t bytes) {
   if (!data) return;
+  allocated.fetch_sub(bytes, std::memory_order_relaxed);
 #if SR_MMAP
   if (bytes >= kLarge) {
     munmap(data, bytes);
@@ -61,6 +67,8 @@ void free_zeroed(void* data, size_t bytes) {
 #endif
   ::operator delete(data, std::align_val_t(kAlign));
 }
+
+size_t allocated_bytes() { return allocated.load(std::memory_order_relaxed); }
 
 void prefer_huge_pages(void* data, size_t bytes) {
 #if SR_MMAP && defined(MADV_HUGEPAGE)

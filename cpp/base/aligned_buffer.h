@@ -12,6 +12,8 @@ namespace sr {
 // Zeroed bytes, aligned to 64 at least; `what` names the purpose in the Error(budget) thrown when there are none.
 void* allocate_zeroed(size_t bytes, const char* what);
 void free_zeroed(void* data, size_t bytes);
+// Bytes of all allocate_zeroed memory that is not freed yet, touched or not: what it may come to take.
+size_t allocated_bytes();
 // Asks for huge pages, for memory that is used from end to end; a hint, never an error.
 void prefer_huge_pages(void* data, size_t bytes);
 // Gives the whole pages inside [data, data + bytes) back; they read as zero afterwards where the system can do it. Only

@@ -113,6 +113,22 @@ MappedFile::MappedFile(const std::string& path, bool in_memory) : path_(path) {
   if (!data_) cannot("map", path, why);
 }
 
+MappedFile::MappedFile(std::shared_ptr<ByteSource> source)
+    : size_(size_t(source->size())), source_(std::move(source)), path_(source_->path()) {
+  // Room for the last block, which direct reads fill up, and for what kernels ask for beyond the end.
+  block_size_ = size_t(align_up(size_)) + kReadAlign;
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+#ifdef MAP_NORESERVE
+  flags |= MAP_NORESERVE;
+#endif
+  block_ = mmap(nullptr, block_size_, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (block_ == MAP_FAILED) cannot("find address space for", path_, std::strerror(errno));
+#ifdef MADV_NOHUGEPAGE
+  madvise(block_, block_size_, MADV_NOHUGEPAGE);  // a huge page would take memory for what is never fetched
+#endif
+  data_ = static_cast<const uint8_t*>(block_);
+}
+
 MappedFile::~MappedFile() {
   if (block_) munmap(block_, block_size_);
   else munmap(const_cast<uint8_t*>(data_), size_);
@@ -126,6 +142,10 @@ void MappedFile::will_need(size_t offset, size_t bytes) const {
   madvise(const_cast<uint8_t*>(data_) + begin, end - begin, MADV_WILLNEED);
 }
 #else
+MappedFile::MappedFile(std::shared_ptr<ByteSource> source) : path_(source->path()) {
+  throw Error(ErrorCode::unsupported, "a memory budget is not supported on this operating system; leave it out");
+}
+
 MappedFile::MappedFile(const std::string& path, bool) : path_(path) {
   std::FILE* f = std::fopen(path.c_str(), "rb");
   if (!f) cannot("open", path, std::strerror(errno));
@@ -149,6 +169,13 @@ MappedFile::~MappedFile() { free_zeroed(const_cast<uint8_t*>(data_), size_); }
 
 void MappedFile::will_need(size_t, size_t) const {}
 #endif
+
+void MappedFile::fetch(size_t offset, size_t bytes) const {
+  if (!source_ || bytes == 0) return;
+  const size_t begin = size_t(align_down(offset)), end = size_t(align_up(offset + bytes));
+  const std::string error = read_fully(*source_, room(begin), end - begin, begin);
+  if (!error.empty()) throw Error(ErrorCode::runtime, error);
+}
 
 std::string read_text_file(const std::string& path, size_t limit) {
   std::FILE* f = std::fopen(path.c_str(), "rb");

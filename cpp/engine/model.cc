@@ -1,6 +1,7 @@
 // The public model handle: a packed model and the decoder that runs it, shared by all sessions.
 #include <string>
 
+#include "base/aligned_buffer.h"
 #include "base/cpu_info.h"
 #include "base/log.h"
 #include "base/memory_info.h"
@@ -29,18 +30,28 @@ bool wants_copy(const ModelOptions& options) {
   return fits_memory(PackedModel::weight_file_bytes(options.path));
 }
 
+PackedModel open_packed(const ModelOptions& options, const std::shared_ptr<ByteSource>& source) {
+  return source ? PackedModel(options.path, source) : PackedModel(options.path, wants_copy(options));
+}
+
 }  // namespace
 
 Model::Impl::Impl(const ModelOptions& options)
-    : packed(options.path, wants_copy(options)), decoder(packed, checked_threads(options.threads)) {}
+    : source(options.memory_budget ? open_direct(PackedModel::weight_file(options.path)) : nullptr),
+      allocated_before(allocated_bytes()),
+      packed(open_packed(options, source)),
+      decoder(packed, checked_threads(options.threads)) {
+  if (options.memory_budget) open_within_budget(options);
+}
 
 Model::Model(const ModelOptions& options) {
   kernels();  // a forced instruction set that cannot be had is reported before anything is opened
   impl_ = std::make_shared<Impl>(options);
   const MappedFile& file = impl_->packed.weights().file();
-  if (fits_memory(file.size())) file.will_need(0, file.size());
-  log_message(LogLevel::info, options.path + ": " + std::to_string(file.size() / 1000000) +
-                                  (copied() ? " MB in memory, " : " MB mapped, ") +
+  const bool budget = options.memory_budget > 0;
+  if (!budget && fits_memory(file.size())) file.will_need(0, file.size());
+  log_message(LogLevel::info, options.path + ": " + std::to_string(file.size() / 1000000) + " MB " +
+                                  (copied() ? "in memory, " : budget ? "of weights under a budget, " : "mapped, ") +
                                   std::to_string(threads()) + " threads, instruction set " + isa());
 }
 
@@ -52,6 +63,7 @@ int Model::n_layers() const { return impl_->decoder.config().n_layers; }
 int Model::n_embd() const { return impl_->decoder.config().n_embd; }
 int Model::n_ctx_train() const { return impl_->decoder.config().n_ctx_train; }
 size_t Model::weight_bytes() const { return impl_->packed.tensor_bytes(); }
+MemoryStats Model::memory() const { return impl_->memory(); }
 bool Model::copied() const { return impl_->packed.weights().file().in_memory(); }
 size_t Model::bytes_per_token() const { return impl_->decoder.bytes_per_token(); }
 

@@ -1,6 +1,10 @@
 // What stands behind the public model handle.
 #pragma once
 
+#include <atomic>
+#include <memory>
+
+#include "flash/read_queue.h"
 #include "format/packed_model.h"
 #include "model/decoder.h"
 #include "sparse_run/engine.h"
@@ -8,9 +12,33 @@
 namespace sr {
 
 struct Model::Impl {
+  // A session's part of a budget's memory for contexts; nothing without a budget.
+  class ContextRoom {
+   public:
+    // Throws Error(budget) where n_ctx tokens do not fit any more.
+    ContextRoom(Impl* model, int n_ctx);
+    ~ContextRoom();
+    ContextRoom(const ContextRoom&) = delete;
+    ContextRoom& operator=(const ContextRoom&) = delete;
+
+   private:
+    Impl* model_;
+    int64_t bytes_ = 0;
+  };
+
   explicit Impl(const ModelOptions& options);
+  MemoryStats memory() const;
+
+  // With a budget: what weights are read from. Before all that uses it.
+  std::shared_ptr<ByteSource> source;
+  size_t allocated_before = 0;
   PackedModel packed;
   Decoder decoder;
+  MemoryStats planned;                    // of a budget; its counters are those at the start
+  std::atomic<int64_t> context_room{-1};  // bytes left for contexts, below 0: no limit
+
+ private:
+  void open_within_budget(const ModelOptions& options);
 };
 
 }  // namespace sr

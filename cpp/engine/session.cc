@@ -60,6 +60,7 @@ struct Session::Impl {
   Impl(std::shared_ptr<Model::Impl> m, int n)
       : model(std::move(m)),
         n_ctx(checked_context(model->decoder, n)),
+        room(model.get(), n_ctx),
         cache(model->decoder.config().n_layers, model->decoder.config().n_kv_heads, model->decoder.config().head_dim,
               n_ctx),
         logits(size_t(model->decoder.padded_vocab()), "the logits") {
@@ -101,6 +102,7 @@ struct Session::Impl {
   std::unique_ptr<NeuronStatistic> statistic;
   SiteCounts counts;
   int n_ctx;
+  Model::Impl::ContextRoom room;
   KvCache cache;
   AlignedBuffer<float> logits;
   bool has_logits = false;

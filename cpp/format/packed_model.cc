@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <utility>
 
 #include "sparse_run/error.h"
 
@@ -56,10 +57,30 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return s + "]";
 }
 
+size_t counted_bytes(const Safetensors& weights) {
+  size_t total = 0;
+  for (const auto& t : weights.tensors()) {
+    if (t.first.rfind("__pad__.", 0) != 0) total += t.second.bytes;
+  }
+  return total;
+}
+
 }  // namespace
 
 PackedModel::PackedModel(const std::string& directory, bool in_memory) : directory_(directory) {
-  const std::string config_path = directory + "/config.json";
+  read_config();
+  weights_ = std::make_unique<Safetensors>(weight_file(directory), in_memory);
+  tensor_bytes_ = counted_bytes(*weights_);
+}
+
+PackedModel::PackedModel(const std::string& directory, std::shared_ptr<ByteSource> weights) : directory_(directory) {
+  read_config();
+  weights_ = std::make_unique<Safetensors>(std::move(weights));
+  tensor_bytes_ = counted_bytes(*weights_);
+}
+
+void PackedModel::read_config() {
+  const std::string config_path = directory_ + "/config.json";
   config_text_ = read_text_file(config_path, kMaxConfigBytes);
   try {
     config_ = Json::parse(config_text_);
@@ -73,14 +94,10 @@ PackedModel::PackedModel(const std::string& directory, bool in_memory) : directo
     throw Error(ErrorCode::unsupported, config_path + ": packed model format " + std::to_string(version->as_integer()) +
                                             ", this program reads " + std::to_string(kFormatVersion) + kAgain);
   }
-  weights_ = std::make_unique<Safetensors>(directory + "/weights.safetensors", in_memory);
-  for (const auto& t : weights_->tensors()) {
-    if (t.first.rfind("__pad__.", 0) != 0) tensor_bytes_ += t.second.bytes;
-  }
 }
 
 size_t PackedModel::weight_file_bytes(const std::string& directory) {
-  std::ifstream file(directory + "/weights.safetensors", std::ios::binary | std::ios::ate);
+  std::ifstream file(weight_file(directory), std::ios::binary | std::ios::ate);
   return file ? size_t(std::max<std::streamoff>(0, file.tellg())) : 0;
 }
 
@@ -207,6 +224,7 @@ const float* PackedModel::vector(const std::string& name, const std::vector<int6
                       shape_text(shape));
   }
   if (view->file_offset % kTensorAlign) weights_->damaged(name + " does not begin at a multiple of 4096 bytes");
+  weights_->file().fetch(view->file_offset, view->bytes);
   return reinterpret_cast<const float*>(view->data);
 }
 

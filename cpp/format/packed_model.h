@@ -16,6 +16,10 @@ class PackedModel {
   // Opens a directory; Error(model) or Error(unsupported) says which file is missing, damaged or too new.
   // in_memory: the weights are copied into huge pages rather than mapped.
   explicit PackedModel(const std::string& directory, bool in_memory = false);
+  // `weights` instead of the directory's weight file, read piece by piece: vectors when they are asked for, matrices by
+  // whoever needs them (weights().file().room).
+  PackedModel(const std::string& directory, std::shared_ptr<ByteSource> weights);
+  static std::string weight_file(const std::string& directory) { return directory + "/weights.safetensors"; }
   // Bytes of a directory's weight file, 0 if there is none.
   static size_t weight_file_bytes(const std::string& directory);
 
@@ -39,6 +43,7 @@ class PackedModel {
   [[noreturn]] void bad_config(const std::string& key, const std::string& what) const;
 
  private:
+  void read_config();
   PanelMatrix part(const std::string& tensor, const TensorView& view) const;
   Json layout_of(const std::string& tensor) const;
   void check_blob(const std::string& tensor, const TensorView& view, size_t bytes) const;

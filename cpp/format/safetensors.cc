@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "base/json.h"
 #include "sparse_run/error.h"
@@ -49,6 +50,8 @@ TensorView read_entry(const Json& entry, const uint8_t* data, size_t header_byte
 
 Safetensors::Safetensors(const std::string& path, bool in_memory) : file_(path, in_memory) { read_header(); }
 
+Safetensors::Safetensors(std::shared_ptr<ByteSource> source) : file_(std::move(source)) { read_header(); }
+
 void Safetensors::damaged(const std::string& what) const {
   throw Error(ErrorCode::model,
               "damaged model file " + path() + ": " + what + "; convert it again with sparse-run convert");
@@ -62,8 +65,10 @@ const TensorView* Safetensors::find(const std::string& name) const {
 void Safetensors::read_header() {
   uint64_t length = 0;
   if (file_.size() < 8) damaged("too short for a safetensors file");
+  file_.fetch(0, 8);
   for (int i = 0; i < 8; i++) length |= uint64_t(file_.data()[i]) << (8 * i);
   if (length > kMaxHeaderBytes || length > file_.size() - 8) damaged("the header is longer than the file");
+  file_.fetch(0, 8 + size_t(length));
   const size_t header_bytes = 8 + size_t(length), data_bytes = file_.size() - header_bytes;
 
   std::string where = "header";

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,8 @@ class Safetensors {
   // Throws Error(model) naming the file when it is not a sound safetensors file: header length, JSON, offsets within
   // the file, no overlaps, shapes that agree with their byte counts.
   explicit Safetensors(const std::string& path, bool in_memory = false);
+  // The header is read, tensors are not: see MappedFile::fetch.
+  explicit Safetensors(std::shared_ptr<ByteSource> source);
 
   const std::string& path() const { return file_.path(); }
   const MappedFile& file() const { return file_; }

@@ -18,10 +18,10 @@ void Decoder::decode(int tid, const Pass& pass) {
   Thread& t = *thread_[size_t(tid)];
   const DecoderConfig& c = config_;
   const auto share = [&](const Linear& w, const Input& in, float* y) {
-    gemv(w, in, w.share[size_t(tid)], w.share[size_t(tid) + 1], y);
+    for_share(w, tid, pass, [&](int begin, int end) { gemv(w, in, begin, end, y); });
   };
 
-  embed_row(pass.tokens[0], pass.pos, t.x.data());
+  embed_row(pass, 0, t.x.data());
   if (tid == 0) {
     rope_.fill(pass.pos, rope_table_.data());
     rope_local_.fill(pass.pos, rope_table_local_.data());
@@ -50,14 +50,8 @@ void Decoder::decode(int tid, const Pass& pass) {
     const LayerWeights& f = ffn_weights(l);
     if (tid == 0) count_held(pass, pass.pos, true, f.ffn_bytes());
     prepare_ffn(f, branch_o_.data(), t.scratch.data(), t.x.data(), &t.in, 0);
-    const NeuronShare neurons = neuron_share(tid, pass, l);
-    if (f.ffn_rows) decode_neurons(tid, pass, l, neurons);
-    else decode_panels(tid, pass, l, neurons);
-    if (!f.ffn_sub_norm && f.ffn_down.quantised && neurons.end > neurons.begin) {
-      z_.quantise(0, neurons.begin, neurons.end - neurons.begin);
-      const float* threshold = threshold_for(pass, l, Site::Z, pass.pos, true);
-      if (threshold) z_.select(0, threshold, neurons.begin, neurons.end - neurons.begin);
-    }
+    if (f.ffn_rows) decode_neurons(tid, pass, l);
+    else decode_panels(tid, pass, l);
     pool_.barrier();
 
     if (f.ffn_sub_norm) {
@@ -66,7 +60,7 @@ void Decoder::decode(int tid, const Pass& pass) {
     }
     share(f.ffn_down, f.ffn_sub_norm ? masked(pass, tid, l, Site::Z, &t.z) : masked(pass, tid, l, Site::Z, &z_, true),
           branch_down_.data());
-    if (tid == 0) leave_ = (*pass.should_stop)();
+    if (tid == 0) leave_ = gives_up(pass);
     pool_.barrier();
 
     if (leave_) return;
@@ -76,9 +70,10 @@ void Decoder::decode(int tid, const Pass& pass) {
 
   const Linear& head = weights_.head();
   prepare_row(weights_.output_norm, t.x.data(), head, &t.in, 0);
-  share(head, t.in.input(), pass.logits);
-  const int begin = head.share[size_t(tid)] * kTileRows, end = head.share[size_t(tid) + 1] * kTileRows;
-  finish_logits(pass.logits, begin, std::min(end, c.n_vocab));
+  for_share(head, tid, pass, [&](int begin, int end) {
+    gemv(head, t.in.input(), begin, end, pass.logits);
+    finish_logits(pass.logits, begin * kTileRows, std::min(end * kTileRows, c.n_vocab));
+  });
 }
 
 // Items are (chunk, key head), the last chunk last: it is the short one. Whoever takes a head's last chunk also stores

@@ -118,12 +118,7 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
   counter_[1].reset();
   const Pass pass = {tokens, n, pos, cache, which, logits, &should_stop, skipping};
   make_prediction_buffers(pass);
-  if (n == 1) {
-    pool_.run([&](int tid) { decode(tid, pass); });
-  } else {
-    pool_.run([&](int tid) { prefill(tid, pass); });
-  }
-  if (leave_) return false;
+  if (!run_pass(pass)) return false;
   if (not_finite_.load(std::memory_order_relaxed)) {
     cache->erase(pos, pos + n);
     throw Error(ErrorCode::runtime, "the model's output at position " + std::to_string(pos + n - 1) +
@@ -133,11 +128,58 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
   return true;
 }
 
+// False: stopped. Throws Error(runtime) when weights could not be read.
+bool Decoder::run_pass(const Pass& pass) {
+  std::string error;
+  if (flash_) {
+    flash_->begin_pass();
+    if (fetched_rows_.size() && pass.tokens) {
+      error = flash_->fetch_rows(pass.tokens, pass.n, *pass.should_stop, fetched_rows_.data());
+    }
+  }
+  if (error.empty()) {
+    if (pass.n == 1 && !pass.one) pool_.run([&](int tid) { decode(tid, pass); });
+    else pool_.run([&](int tid) { prefill(tid, pass); });
+  }
+  if (!flash_) return !leave_;
+  const bool stopped = flash_->failed() || error == "cancelled";
+  const std::string end = flash_->end_pass();
+  if (!end.empty()) error = end;
+  if (!error.empty() && error != "cancelled") {
+    throw Error(ErrorCode::runtime, error + "; the answer ends here, what was generated before it is sound");
+  }
+  return !leave_ && !stopped;
+}
+
+void Decoder::load_resident(const PackedModel& model, const ResidencyPlan& plan, std::shared_ptr<ReadQueue> queue,
+                            const LoadProgress& progress) {
+  flash_ = std::make_unique<FlashWeights>(model, &weights_, plan, pool_.size(), std::move(queue), progress);
+  if (!flash_->holds_all_rows()) fetched_rows_.reset(size_t(kMaxBlock) * size_t(config_.n_embd), kWorkspace);
+}
+
+size_t Decoder::context_bytes(int n_ctx) const {
+  const size_t chunks = size_t((n_ctx - 1) / kAttentionChunk + 1);
+  return kv_cache_bytes(config_.n_layers, config_.n_kv_heads, config_.head_dim, n_ctx) +
+         chunks * size_t(config_.n_heads) * size_t(config_.head_dim + 2) * sizeof(float) +
+         size_t(padded_vocab()) * sizeof(float);
+}
+
+void Decoder::embed_row(const Pass& pass, int i, float* x) const {
+  if (!fetched_rows_.size()) return embed_row(pass.tokens[i], pass.pos + i, x);
+  const float* from = fetched_rows_.data() + size_t(i) * size_t(config_.n_embd);
+  std::copy(from, from + config_.n_embd, x);
+  finish_embedding(pass.pos + i, x);
+}
+
 void Decoder::embed_row(int32_t token, int pos, float* x) const {
   const Linear& w = weights_.token_embd;
   size_t p = 0;
   while (token >= w.row_begin[p + 1]) p++;
   unpack_row(w.parts[p], token - w.row_begin[p], x);
+  finish_embedding(pos, x);
+}
+
+void Decoder::finish_embedding(int pos, float* x) const {
   const int n = config_.n_embd;
   if (config_.embedding_scale != 1) {
     for (int i = 0; i < n; i++) x[i] *= config_.embedding_scale;

@@ -11,6 +11,7 @@
 
 #include "base/thread_pool.h"
 #include "model/decoder_config.h"
+#include "model/flash_weights.h"
 #include "model/kv_cache.h"
 #include "model/rope.h"
 #include "model/weights.h"
@@ -60,6 +61,15 @@ class Decoder {
   Decoder(const PackedModel& model, int threads);
   ~Decoder();
 
+  // Under a memory budget: what of the weights would stay with so many bytes for them, and making it so. Before this the
+  // weights of a file that is read piece by piece must not be used. Throws as FlashWeights does.
+  ResidencyPlan plan_residency(size_t room) const { return FlashWeights::plan(weights_, room); }
+  void load_resident(const PackedModel& model, const ResidencyPlan& plan, std::shared_ptr<ReadQueue> queue,
+                     const LoadProgress& progress);
+  const FlashWeights* flash() const { return flash_.get(); }
+  // Bytes that a session of n_ctx positions takes, its share of the decoder's memory included.
+  size_t context_bytes(int n_ctx) const;
+
   const DecoderConfig& config() const { return config_; }
   int threads() const { return pool_.size(); }
   size_t bytes_per_token() const { return weights_.bytes_per_token; }
@@ -75,7 +85,7 @@ class Decoder {
   bool forward(const int32_t* tokens, int n, int pos, KvCache* cache, Logits which, float* logits,
                const std::function<bool()>& should_stop, const Skipping& skipping = {});
   // The residual stream before the first layer, [n, n_embd].
-  void embed(const int32_t* tokens, int n, int pos, float* out) const;
+  void embed(const int32_t* tokens, int n, int pos, float* out);
   // n <= kMaxBlock rows through one layer, at positions pos, pos + 1 ...; earlier positions must have been run before.
   void run_layer(const LayerRun& run, int n, int pos, KvCache* cache, const Skipping& skipping);
   int site_width(Site site) const;
@@ -106,10 +116,33 @@ class Decoder {
     const int32_t* list;  // null: all neurons
   };
 
+  bool run_pass(const Pass& pass);
+  // Calls fn(first tile, last) for this thread's tiles of a matrix, as soon as each slice of it is in memory. What is left
+  // out after a failed read makes the pass fail.
+  template <class Fn>
+  void for_share(const Linear& w, int tid, const Pass& pass, Fn fn) {
+    if (w.slices.empty()) return fn(w.share[size_t(tid)], w.share[size_t(tid) + 1]);
+    for_slices(w.slices, tid, pass, [&](const Slice& s) { fn(s.share[size_t(tid)], s.share[size_t(tid) + 1]); });
+  }
+  template <class Fn>
+  void for_slices(const std::vector<Slice>& slices, int tid, const Pass& pass, Fn fn) {
+    for (const Slice& s : slices) {
+      if (await(s, tid, pass)) fn(s);
+      if (s.unit >= 0) flash_->done(s.unit);
+    }
+  }
+  bool await(const Slice& s, int tid, const Pass& pass) {
+    return s.unit < 0 || flash_->await(s.unit, tid == 0 ? pass.should_stop : nullptr);
+  }
+  bool gives_up(const Pass& pass) { return (*pass.should_stop)() || (flash_ && flash_->failed()); }
+
   void decode(int tid, const Pass& pass);
-  void decode_panels(int tid, const Pass& pass, int layer, NeuronShare share);
+  void decode_panels(int tid, const Pass& pass, int layer);
+  void decode_neurons(int tid, const Pass& pass, int layer);
   void decode_neurons(int tid, const Pass& pass, int layer, NeuronShare share);
-  NeuronShare neuron_share(int tid, const Pass& pass, int layer) const;
+  // z of neurons [begin, end) is there: what down multiplies is made of it.
+  void finish_neurons(const Pass& pass, int layer, int begin, int end);
+  NeuronShare neuron_share(int tid, const Pass& pass, int layer, int from, int to) const;
   // The set of neurons that was fixed for a layer, null: all.
   const NeuronSet* chosen(const Pass& pass, int layer, bool decode) const;
   void decode_attention(Thread& t, const Pass& pass, int layer);
@@ -137,6 +170,9 @@ class Decoder {
 
   // Rows: the operations on one token's vector.
   void embed_row(int32_t token, int pos, float* x) const;
+  // Row i of the pass.
+  void embed_row(const Pass& pass, int i, float* x) const;
+  void finish_embedding(int pos, float* x) const;
   void add_branch(const float* branch, const Norm& post_norm, float* scratch, float* x) const;
   void norm_row(const Norm& norm, const float* x, int n, float* out) const;
   void prepare_row(const Norm& norm, const float* x, const Linear& w, InputBuffer* in, int row) const;
@@ -173,6 +209,9 @@ class Decoder {
   Rope rope_, rope_local_;
   ThreadPool pool_;
   FairMutex turn_;  // the pool and everything below belong to the pass that holds it
+
+  std::unique_ptr<FlashWeights> flash_;  // null: all weights are in memory
+  AlignedBuffer<float> fetched_rows_;    // [kMaxBlock, n_embd] embedding rows of the pass, where not all are in memory
 
   std::vector<std::unique_ptr<Thread>> thread_;
   std::unique_ptr<Block> block_;

@@ -17,45 +17,71 @@ bool survives(float g, const float* threshold, int id) {
 
 }  // namespace
 
-Decoder::NeuronShare Decoder::neuron_share(int tid, const Pass& pass, int layer) const {
-  const LayerWeights& w = ffn_weights(layer);
-  const int n_ff = config_.n_ff, threads = pool_.size();
-  if (!w.ffn_rows) {
-    const int rows = config_.ffn_gated ? kTileRows / 2 : kTileRows;
-    const int begin = w.ffn_in.share[size_t(tid)] * rows, end = w.ffn_in.share[size_t(tid) + 1] * rows;
-    return {begin, end, begin, end, nullptr};
-  }
-  const int units = n_ff / kTileRows;
-  const NeuronShare even = {units * tid / threads * kTileRows, units * (tid + 1) / threads * kTileRows, 0, 0, nullptr};
+// This thread's part of the neurons [from, to), multiples of 64.
+Decoder::NeuronShare Decoder::neuron_share(int tid, const Pass& pass, int layer, int from, int to) const {
+  const int threads = pool_.size();
+  const auto part = [&](int begin, int end, int t) {
+    return begin + (end - begin) / kTileRows * t / threads * kTileRows;
+  };
+  const int even_begin = part(from, to, tid), even_end = part(from, to, tid + 1);
   if (neuron_predictor(pass, layer, pass.pos, true)) {
+    // Every thread has predicted its part of all neurons, and takes what of it is asked for.
     const Prediction& p = *prediction_;
-    return {even.begin, even.end, even.begin, even.begin + p.count[size_t(tid)], p.ids.data()};
+    const int own = part(0, config_.n_ff, tid), next = part(0, config_.n_ff, tid + 1);
+    const int begin = std::max(from, own), end = std::max(begin, std::min(to, next));
+    const int32_t *ids = p.ids.data(), *first = ids + own, *last = first + p.count[size_t(tid)];
+    return {begin, end, int(std::lower_bound(first, last, begin) - ids), int(std::lower_bound(first, last, end) - ids),
+            ids};
   }
   const NeuronSet* set = chosen(pass, layer, true);
-  if (!set) return {even.begin, even.end, even.begin, even.end, nullptr};
-  if (set->ids.empty()) return {even.begin, even.end, 0, 0, no_neurons_};
-  // As many of the list for each thread as borders at multiples of 64 allow.
+  if (!set) return {even_begin, even_end, even_begin, even_end, nullptr};
   const std::vector<int32_t>& ids = set->ids;
+  const auto position = [&](int neuron) { return int(std::lower_bound(ids.begin(), ids.end(), neuron) - ids.begin()); };
+  const int first = position(from), count = position(to) - first;
+  if (count == 0) return {even_begin, even_end, 0, 0, no_neurons_};
+  // As many of the list for each thread as borders at multiples of 64 allow.
   const auto border = [&](int t) {
-    if (t == 0) return 0;
-    if (t == threads) return n_ff;
-    const int id = ids[ids.size() * size_t(t) / size_t(threads)];
+    if (t == 0) return from;
+    if (t == threads) return to;
+    const int id = ids[size_t(first) + size_t(count) * size_t(t) / size_t(threads)];
     return (id + kTileRows - 1) / kTileRows * kTileRows;
   };
-  const auto position = [&](int neuron) { return int(std::lower_bound(ids.begin(), ids.end(), neuron) - ids.begin()); };
   const int begin = border(tid), end = border(tid + 1);
   return {begin, end, position(begin), position(end), ids.data()};
 }
 
-void Decoder::decode_panels(int tid, const Pass& pass, int layer, NeuronShare share) {
+void Decoder::finish_neurons(const Pass& pass, int layer, int begin, int end) {
+  const LayerWeights& w = ffn_weights(layer);
+  if (w.ffn_sub_norm || !w.ffn_down.quantised || begin >= end) return;
+  z_.quantise(0, begin, end - begin);
+  const float* threshold = threshold_for(pass, layer, Site::Z, pass.pos, true);
+  if (threshold) z_.select(0, threshold, begin, end - begin);
+}
+
+void Decoder::decode_panels(int tid, const Pass& pass, int layer) {
   const Linear& w = ffn_weights(layer).ffn_in;
   const bool gated = config_.ffn_gated;
-  gemv(w, masked(pass, tid, layer, Site::M, &thread_[size_t(tid)]->in), w.share[size_t(tid)], w.share[size_t(tid) + 1],
-       gate_up_.data());
-  for (int neuron = share.begin; neuron < share.end; neuron += kTileRows) {
-    float* gate = gate_up_.data() + size_t(neuron) * (gated ? 2 : 1);
-    activate(gate, gated ? gate + kTileRows : nullptr, kTileRows, z_.row(0) + neuron);
-  }
+  const int rows = gated ? kTileRows / 2 : kTileRows;  // neurons of a tile
+  const Input x = masked(pass, tid, layer, Site::M, &thread_[size_t(tid)]->in);
+  for_share(w, tid, pass, [&](int tile_begin, int tile_end) {
+    gemv(w, x, tile_begin, tile_end, gate_up_.data());
+    for (int neuron = tile_begin * rows; neuron < tile_end * rows; neuron += kTileRows) {
+      float* gate = gate_up_.data() + size_t(neuron) * (gated ? 2 : 1);
+      activate(gate, gated ? gate + kTileRows : nullptr, kTileRows, z_.row(0) + neuron);
+    }
+    finish_neurons(pass, layer, tile_begin * rows, tile_end * rows);
+  });
+}
+
+void Decoder::decode_neurons(int tid, const Pass& pass, int layer) {
+  const NeuronRows& w = ffn_weights(layer).ffn_rows;
+  const auto some = [&](int from, int to) {
+    const NeuronShare share = neuron_share(tid, pass, layer, from, to);
+    decode_neurons(tid, pass, layer, share);
+    finish_neurons(pass, layer, share.begin, share.end);
+  };
+  if (w.slices.empty()) return some(0, config_.n_ff);
+  for_slices(w.slices, tid, pass, [&](const Slice& s) { some(s.tile_begin * kTileRows, s.tile_end * kTileRows); });
 }
 
 // Gate rows of the share's neurons; then, where it pays, up rows of those only that are not 0 (that exceed the

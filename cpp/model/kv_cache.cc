@@ -53,7 +53,9 @@ void KvCache::erase(int begin, int end) {
   }
 }
 
-size_t KvCache::bytes(int n) const { return segments(n) * 4 * n_layers_ * n_kv_heads_ * head_entries_; }
+size_t kv_cache_bytes(int n_layers, int n_kv_heads, int head_dim, int n) {
+  return segments(n) * 4 * size_t(n_layers) * size_t(n_kv_heads) * kAttentionChunk * size_t(head_dim);
+}
 
 void KvCache::clear() { discard_pages(data_.data(), data_.size() * sizeof(uint16_t)); }
 

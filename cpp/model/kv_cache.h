@@ -7,6 +7,9 @@
 
 namespace sr {
 
+// Bytes that n positions take: whole segments.
+size_t kv_cache_bytes(int n_layers, int n_kv_heads, int head_dim, int n);
+
 // Positions are kept in segments of kAttentionChunk, each with all layers and heads side by side. A growing context
 // takes contiguous memory, so that huge pages waste next to nothing; they make attention a tenth faster at 300 and at
 // 2000 positions. Room for n_ctx positions is reserved as address space; memory is used as segments are written.
@@ -26,8 +29,7 @@ class KvCache {
   // Overwrites positions [begin, end) with zeros: after an overflow, so that nothing that is not finite stays behind.
   void erase(int begin, int end);
 
-  // Bytes that n positions take: whole segments.
-  size_t bytes(int n) const;
+  size_t bytes(int n) const { return kv_cache_bytes(n_layers_, n_kv_heads_, head_dim_, n); }
   // Gives the memory back to the system, where it can take it; positions must be written again before they are read.
   void clear();
 

@@ -52,6 +52,13 @@ class InputBuffer {
   AlignedBuffer<int32_t> ordered_sum_;
 };
 
+// Tiles of a matrix that a memory budget keeps from being all resident.
+struct Slice {
+  int tile_begin, tile_end;
+  int unit;                // of the weight stream; -1: resident
+  std::vector<int> share;  // [threads + 1] tiles of each thread
+};
+
 struct Linear {
   std::vector<PanelMatrix> parts;
   std::vector<int> tile_begin;  // [parts + 1] first tile of each part in the whole
@@ -62,6 +69,7 @@ struct Linear {
   bool floating = false;        // some part needs the fp32 input
   size_t bytes = 0;
   std::vector<int> share;       // [threads + 1] tiles of each thread, balanced by bytes
+  std::vector<Slice> slices;    // in the order of use; empty where all of it is resident
 
   bool empty() const { return parts.empty(); }
   int tiles() const { return tile_begin.back(); }

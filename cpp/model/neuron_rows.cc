@@ -35,19 +35,21 @@ NeuronRows load_neuron_rows(const PackedModel& model, const std::string& name, i
 
 void rows(const NeuronRows& w, const InputBuffer& x, const int32_t* ids, int begin, int end, float* gate, float* up) {
   if (begin >= end) return;
-  if (w.quantised()) kernels().rows_q(w.m, x.ordered(0), ids, begin, end, gate, up);
-  else kernels().rows_f(w.m, x.input(0).x, ids, begin, end, gate, up);
+  const NeuronMatrix& m = w.at(ids ? ids[begin] : begin);
+  if (w.quantised()) kernels().rows_q(m, x.ordered(0), ids, begin, end, gate, up);
+  else kernels().rows_f(m, x.input(0).x, ids, begin, end, gate, up);
   add_biases(w, ids, begin, end, gate, up);
 }
 
 void rows_gemm(const NeuronRows& w, const InputBuffer& x, int first, int n, int begin, int end, float* gate, float* up,
                size_t ldy, void* scratch) {
   const KernelTable& k = kernels();
+  const NeuronMatrix& m = w.at(begin);
   if (w.quantised()) {
-    k.rows_gemm_q(w.m, x.ordered(first), n, nullptr, begin, end, gate, up, ldy, scratch);
+    k.rows_gemm_q(m, x.ordered(first), n, nullptr, begin, end, gate, up, ldy, scratch);
   } else {
     const Input in = x.input(first);
-    k.rows_gemm_f(w.m, in.x, in.ldx, n, nullptr, begin, end, gate, up, ldy, scratch);
+    k.rows_gemm_f(m, in.x, in.ldx, n, nullptr, begin, end, gate, up, ldy, scratch);
   }
   for (int i = 0; w.bias && i < n; i++) {
     add_biases(w, nullptr, begin, end, gate ? gate + i * ldy : nullptr, up ? up + i * ldy : nullptr);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "model/linear.h"
 
@@ -12,16 +13,25 @@ struct NeuronRows {
   NeuronMatrix m;              // data is null where the layer has panels instead
   const float* bias = nullptr;  // in the order of the panels' rows: 64 of gate, 64 of up ... where gated
   size_t bytes = 0;
+  // Where a memory budget keeps not all of them in memory: tiles of 64 neurons, and where each slice of them lies, as if
+  // the whole matrix began there.
+  std::vector<Slice> slices;
+  std::vector<NeuronMatrix> places;
 
   explicit operator bool() const { return m.data != nullptr; }
   bool quantised() const { return is_quantised(m.kind); }
+  const NeuronMatrix& at(int neuron) const {
+    size_t i = 0;
+    while (i < slices.size() && neuron >= slices[i].tile_end * kTileRows) i++;
+    return slices.empty() ? m : places[i];
+  }
 };
 
 // Reads NAME and NAME.bias.
 NeuronRows load_neuron_rows(const PackedModel& model, const std::string& name, int neurons, int cols, bool gated);
 
 // gate[k] and up[k] of neuron ids[k] (of neuron k where ids is null), k in [begin, end), bias included, for row 0 of x.
-// Either may be null: its weights are then not read. Without a gate only up is there.
+// Either may be null: its weights are then not read. Without a gate only up is there. All must be of one slice.
 void rows(const NeuronRows& w, const InputBuffer& x, const int32_t* ids, int begin, int end, float* gate, float* up);
 // The same for all neurons of [begin, end) and rows [first, first + n) of x: gate[i * ldy + k]; bit-equal to n rows.
 void rows_gemm(const NeuronRows& w, const InputBuffer& x, int first, int n, int begin, int end, float* gate, float* up,

@@ -48,16 +48,25 @@ void Decoder::prefill(int tid, const Pass& pass) {
     for (int item = counter.take(); item < count; item = counter.take()) fn(item);
     phase++;
   };
-  // Items are (unit of tiles, range of the rows [from, n)).
-  const auto for_tiles = [&](int units, int from, auto&& fn) {
-    const int rows = n - from, pieces = row_pieces(units, threads, rows);
-    for_items(units * pieces, [&](int item) {
-      const int piece = item % pieces;
-      fn(item / pieces, from + rows * piece / pieces, from + rows * (piece + 1) / pieces);
-    });
+  // Items are (unit of `step` tiles, range of the rows [from, n)), slice after slice where not all is in memory.
+  const auto for_tiles = [&](const std::vector<Slice>& slices, int tiles, int step, int from, auto&& fn) {
+    const auto some = [&](int begin, int end, bool there) {
+      const int units = (end - begin) / step, first = begin / step, rows = n - from;
+      const int pieces = row_pieces(units, threads, rows);
+      for_items(units * pieces, [&](int item) {
+        const int piece = item % pieces;
+        if (there) fn(first + item / pieces, from + rows * piece / pieces, from + rows * (piece + 1) / pieces);
+      });
+    };
+    if (slices.empty()) return some(0, tiles, true);
+    for (const Slice& s : slices) {
+      if (&s != slices.data()) pool_.barrier();  // between two rounds of items
+      some(s.tile_begin, s.tile_end, await(s, tid, pass));
+      if (s.unit >= 0) flash_->done(s.unit);
+    }
   };
   const auto multiply = [&](const Linear& w, const InputBuffer& in, float* y, size_t ldy, int from) {
-    for_tiles(w.tiles(), from, [&](int tile, int begin, int end) {
+    for_tiles(w.slices, w.tiles(), 1, from, [&](int tile, int begin, int end) {
       gemm(w, in.input(begin), end - begin, tile, tile + 1, y + size_t(begin) * ldy, ldy, t.gemm_scratch.data());
     });
   };
@@ -66,7 +75,7 @@ void Decoder::prefill(int tid, const Pass& pass) {
 
   for_rows(0, [&](int i) {
     if (pass.one) std::copy_n(pass.one->x + size_t(i) * embd, embd, x_row(i));
-    else embed_row(pass.tokens[i], pass.pos + i, x_row(i));
+    else embed_row(pass, i, x_row(i));
     rope_.fill(pass.pos + i, b.rope_table.data() + size_t(i) * c.rope_dims);
     rope_local_.fill(pass.pos + i, b.rope_table_local.data() + size_t(i) * c.rope_dims);
   });
@@ -133,7 +142,8 @@ void Decoder::prefill(int tid, const Pass& pass) {
       mask_row(pass, l, Site::M, i, &b.in);
     });
     pool_.barrier();
-    for_tiles(c.n_ff / kTileRows, from,
+    const int step = f.ffn_rows || !c.ffn_gated ? 1 : 2;
+    for_tiles(f.ffn_rows ? f.ffn_rows.slices : f.ffn_in.slices, c.n_ff / kTileRows * step, step, from,
               [&](int unit, int begin, int end) { prefill_neurons(t, pass, l, unit, begin, end); });
     pool_.barrier();
     if (NeuronStatistic* statistic = pass.one ? nullptr : pass.skipping.statistic) {
@@ -153,7 +163,7 @@ void Decoder::prefill(int tid, const Pass& pass) {
       pool_.barrier();
     }
     multiply(f.ffn_down, b.z, b.branch_down.data(), b.ld_branch, from);
-    if (tid == 0) leave_ = (*pass.should_stop)();
+    if (tid == 0) leave_ = gives_up(pass);
     pool_.barrier();
 
     if (leave_) return;
@@ -173,21 +183,22 @@ void Decoder::prefill(int tid, const Pass& pass) {
   const Linear& head = weights_.head();
   if (pass.which == Logits::last) {
     prepare_row(weights_.output_norm, x_row(n - 1), head, &t.in, 0);
-    const int begin = head.share[size_t(tid)], end = head.share[size_t(tid) + 1];
-    gemv(head, t.in.input(), begin, end, pass.logits);
-    finish_logits(pass.logits, begin * kTileRows, std::min(end * kTileRows, c.n_vocab));
+    for_share(head, tid, pass, [&](int begin, int end) {
+      gemv(head, t.in.input(), begin, end, pass.logits);
+      finish_logits(pass.logits, begin * kTileRows, std::min(end * kTileRows, c.n_vocab));
+    });
     return;
   }
   for_rows(0, [&](int i) { prepare_row(weights_.output_norm, x_row(i), head, &b.in, i); });
   pool_.barrier();
-  const Input input = b.in.input(0);
-  for_items(head.tiles(), [&](int tile) {
+  for_tiles(head.slices, head.tiles(), 1, 0, [&](int tile, int begin, int end) {
     // Through local memory: the caller's rows are not padded to whole tiles.
     const int row = tile * kTileRows, width = std::min(kTileRows, c.n_vocab - row);
-    gemm(head, input, n, tile, tile + 1, indexed_from(t.tile.data(), size_t(row)), kTileRows, t.gemm_scratch.data());
-    for (int i = 0; i < n; i++) {
+    gemm(head, b.in.input(begin), end - begin, tile, tile + 1, indexed_from(t.tile.data(), size_t(row)), kTileRows,
+         t.gemm_scratch.data());
+    for (int i = begin; i < end; i++) {
       float* out = pass.logits + size_t(i) * c.n_vocab + row;
-      std::memcpy(out, t.tile.data() + size_t(i) * kTileRows, size_t(width) * sizeof(float));
+      std::memcpy(out, t.tile.data() + size_t(i - begin) * kTileRows, size_t(width) * sizeof(float));
       finish_logits(out, 0, width);
     }
   });

@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <string>
 
 #include "model/decoder.h"
 #include "model/decoder_buffers.h"
+#include "sparse_run/error.h"
 
 namespace sr {
 namespace {
@@ -145,8 +147,15 @@ void Decoder::tap_neurons(const Pass& pass, int tap, int row, int begin, int cou
   std::copy_n(values, count, pass.one->taps[tap] + size_t(row) * size_t(config_.n_ff) + begin);
 }
 
-void Decoder::embed(const int32_t* tokens, int n, int pos, float* out) const {
-  for (int i = 0; i < n; i++) embed_row(tokens[i], pos + i, out + size_t(i) * config_.n_embd);
+void Decoder::embed(const int32_t* tokens, int n, int pos, float* out) {
+  if (!fetched_rows_.size()) {
+    for (int i = 0; i < n; i++) embed_row(tokens[i], pos + i, out + size_t(i) * config_.n_embd);
+    return;
+  }
+  std::lock_guard<FairMutex> lock(turn_);
+  const std::string error = flash_->fetch_rows(tokens, n, [] { return false; }, out);
+  if (!error.empty()) throw Error(ErrorCode::runtime, error);
+  for (int i = 0; i < n; i++) finish_embedding(pos + i, out + size_t(i) * config_.n_embd);
 }
 
 void Decoder::run_layer(const LayerRun& run, int n, int pos, KvCache* cache, const Skipping& skipping) {
@@ -157,7 +166,7 @@ void Decoder::run_layer(const LayerRun& run, int n, int pos, KvCache* cache, con
   const std::function<bool()> never = [] { return false; };
   Pass pass = {nullptr, n, pos, cache, Logits::all, nullptr, &never, skipping};
   pass.one = &run;
-  pool_.run([&](int tid) { prefill(tid, pass); });
+  run_pass(pass);
 }
 
 }  // namespace sr

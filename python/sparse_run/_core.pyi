@@ -81,9 +81,30 @@ def unpack_neurons(
 class Model:
     """A mapped packed model, shared by sessions; owns the thread pool."""
 
-    def __init__(self, path: str, threads: int = 0, mmap: bool | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        threads: int = 0,
+        mmap: bool | None = None,
+        memory_budget: int = 0,
+        n_ctx: int = 0,
+        extra_bytes: int = 0,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
         """`mmap`: True maps the weights, False copies them into huge pages (15-30% faster decoding), None copies them
-        where that takes at most half of the available memory."""
+        where that takes at most half of the available memory.
+
+        `memory_budget`: bytes that this whole process may take, 0 = no limit. Weights that do not fit are read in every pass
+        (a token, or a block of a prompt), past the page cache, with the same results. `n_ctx`: tokens that all sessions
+        together may hold, 0 = what an eighth of the budget holds, from 256 to 4096. `extra_bytes`: what the caller will
+        allocate. `progress(done, total)`: bytes read at the start. Raises BudgetError below the floor and above the machine's
+        memory."""
+    def memory(self) -> dict[str, Any]:
+        """What a memory budget was divided into, in bytes: {"budget_bytes" (0 without one), "process_bytes", "working_bytes",
+        "context_bytes", "resident_bytes" (weights), "ring_bytes" (weights read ahead), "streamed_bytes" (that every pass
+        reads), "n_ctx", "disk_bytes_per_s" (measured at the start, 0 = unknown), "direct" (past the page cache)}, and what its
+        reads have come to since: {"passes", "read_bytes", "reads", "hits", "misses" (pieces that were there when needed, and
+        that were waited for), "read_seconds" (disk busy), "wait_seconds" (computing waited), "queue_depth" (mean)}."""
     @property
     def mapped(self) -> bool:
         """Whether the weights are mapped from the file, not copied into memory."""

@@ -20,6 +20,35 @@ struct ModelOptions {
   std::string path;  // directory of a packed model (models/format.md)
   int threads = 0;   // 1..1024; 0 = physical cores that affinity and cgroup allow
   WeightMemory memory = WeightMemory::automatic;
+  // Bytes that the whole process may take, 0 = no limit: what of the weights does not fit is read from the file in every
+  // pass, past the page cache, with the same results. Includes contexts of n_ctx tokens in all, and extra_bytes.
+  size_t memory_budget = 0;
+  int n_ctx = 0;              // only with a budget; 0 = what an eighth of it holds, 256..4096 and what the model knows
+  size_t extra_bytes = 0;     // only with a budget: what the caller will allocate himself
+  // Bytes of weights read of those to read at the start; true stops it with Error(cancelled). From the calling thread.
+  std::function<bool(size_t done, size_t total)> progress = nullptr;
+};
+
+// What a model opened with a budget does with its memory, in bytes, and what its reads have come to.
+struct MemoryStats {
+  size_t budget = 0;           // 0: opened without one, and all else is 0 too
+  size_t process = 0;          // at the start: program, interpreter, tokenizer, vectors
+  size_t working = 0;          // buffers of the forward pass, what is added by extra_bytes and what is kept free
+  size_t contexts = 0;         // keys, values and logits of n_ctx tokens
+  size_t resident = 0;         // weights in memory
+  size_t ring = 0;             // weights that are read ahead
+  size_t streamed = 0;         // weights that every pass reads; a pass is a token, or a block of a prompt
+  int n_ctx = 0;               // tokens that all contexts may hold together
+  double disk_rate = 0;        // bytes a second at the start, 0 where too little was read to tell
+  bool direct = false;         // past the page cache
+  int64_t passes = 0;
+  int64_t read_bytes = 0;      // after the start
+  int64_t reads = 0;
+  int64_t hits = 0;            // pieces that were in memory when they were needed, resident ones not counted
+  int64_t misses = 0;          // pieces that had to be waited for
+  double read_seconds = 0;     // during which the disk was busy
+  double wait_seconds = 0;     // during which computing waited for it
+  double queue_depth = 0;      // reads in progress while the disk was busy, mean
 };
 
 struct SamplerOptions {
@@ -72,6 +101,7 @@ class Model {
   int n_embd() const;
   size_t weight_bytes() const;     // of all tensors
   size_t bytes_per_token() const;  // that one decoded token reads
+  MemoryStats memory() const;
   bool copied() const;             // weights lie in huge pages, not in a mapping of the file
 
  private:

@@ -1,0 +1,127 @@
+// A model within a memory budget: everything that is not weights is counted or measured first, weights take what is left.
+#include <algorithm>
+#include <cstdio>
+#include <string>
+
+#include "base/aligned_buffer.h"
+#include "base/memory_info.h"
+#include "engine/model_impl.h"
+#include "model/attention.h"
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+constexpr int kReaders = 4;
+constexpr size_t kReadUnit = size_t(1) << 20;
+constexpr size_t kHugePage = size_t(2) << 20;
+// What no counter sees: the heap of a running program, stacks, page tables, memory that the kernel holds for us.
+constexpr size_t kReserve = size_t(8) << 20;
+constexpr size_t kReserveShare = 100;  // and a hundredth of the budget
+constexpr int kUsualContext = 4096, kContextStep = 256;
+constexpr size_t kContextShare = 8;    // of the budget, at most, for a context that nobody asked for
+constexpr size_t kUnknownProcess = size_t(96) << 20;  // where the system does not tell the resident size
+
+std::string megabytes(size_t bytes) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.1f MB", double(bytes) / 1e6);
+  return text;
+}
+
+// Rounded up, as it would be given to --memory-budget.
+std::string budget_text(size_t bytes) { return std::to_string((bytes + 999999) / 1000000) + "M"; }
+
+size_t context_bytes(const Decoder& decoder, int n_ctx) { return decoder.context_bytes(n_ctx) + kHugePage; }
+
+int usual_context(const Decoder& decoder, size_t budget) {
+  int most = std::min(kUsualContext, decoder.config().n_ctx_train);
+  if (decoder.position_limit()) most = std::min(most, decoder.position_limit());
+  int n = most;
+  while (n > kContextStep && context_bytes(decoder, n) > budget / kContextShare) {
+    n = std::max(kContextStep, (n - 1) / kContextStep * kContextStep);
+  }
+  return std::min(n, most);
+}
+
+}  // namespace
+
+void Model::Impl::open_within_budget(const ModelOptions& options) {
+  MemoryStats& m = planned;
+  m.budget = options.memory_budget;
+  const size_t total = total_memory();
+  if (total && m.budget > total) {
+    throw Error(ErrorCode::budget, "a memory budget of " + megabytes(m.budget) + " is more than the " +
+                                       megabytes(total) + " that this machine, or its container, has; use less");
+  }
+  m.n_ctx = options.n_ctx ? options.n_ctx : usual_context(decoder, m.budget);
+  const size_t now = resident_memory();
+  m.process = now ? now : kUnknownProcess;
+  m.working = allocated_bytes() - allocated_before + options.extra_bytes + kReserve + m.budget / kReserveShare;
+  m.contexts = context_bytes(decoder, m.n_ctx);
+  const size_t fixed = m.process + m.working + m.contexts;
+  const ResidencyPlan plan = decoder.plan_residency(m.budget > fixed ? m.budget - fixed : 0);
+  if (fixed + plan.resident_bytes + plan.ring_bytes > m.budget) {
+    const size_t floor = fixed + plan.resident_bytes + plan.ring_bytes;
+    throw Error(ErrorCode::budget,
+                "a memory budget of " + megabytes(m.budget) + " is below this model's floor of " + megabytes(floor) +
+                    " (program and tokenizer " + megabytes(m.process) + ", buffers " + megabytes(m.working) +
+                    ", context of " + std::to_string(m.n_ctx) + " tokens " + megabytes(m.contexts) +
+                    ", weights read ahead " + megabytes(plan.ring_bytes) + "): use --memory-budget " +
+                    budget_text(floor) + " or more" +
+                    (m.n_ctx > kContextStep ? ", or a smaller context (--ctx-size)" : ""));
+  }
+  auto queue = std::make_shared<ReadQueue>(source, kReaders, kReadUnit);
+  decoder.load_resident(packed, plan, queue, options.progress);
+  const FlashWeights& flash = *decoder.flash();
+  m.resident = plan.resident_bytes;
+  m.ring = flash.ring_bytes();
+  m.streamed = plan.streamed_bytes;
+  m.disk_rate = flash.load_bytes_per_second();
+  m.direct = source->direct();
+  const ReadStats reads = flash.read_stats();
+  m.read_bytes = reads.bytes;
+  m.reads = reads.reads;
+  m.read_seconds = reads.busy_seconds;
+  m.queue_depth = reads.depth_seconds;  // here the sum, not the mean
+  context_room = int64_t(m.contexts);
+}
+
+MemoryStats Model::Impl::memory() const {
+  MemoryStats m = planned;
+  const FlashWeights* flash = decoder.flash();
+  if (!flash) return m;
+  const ReadStats reads = flash->read_stats();
+  const StreamStats stream = flash->stream_stats();
+  m.passes = stream.passes;
+  m.read_bytes = reads.bytes - planned.read_bytes;
+  m.reads = reads.reads - planned.reads;
+  m.read_seconds = reads.busy_seconds - planned.read_seconds;
+  m.queue_depth = m.read_seconds > 0 ? (reads.depth_seconds - planned.queue_depth) / m.read_seconds : 0;
+  m.hits = stream.ready;
+  m.misses = stream.waited;
+  m.wait_seconds = stream.wait_seconds;
+  return m;
+}
+
+Model::Impl::ContextRoom::ContextRoom(Impl* model, int n_ctx) : model_(model) {
+  if (!model->planned.budget) return;
+  bytes_ = int64_t(context_bytes(model->decoder, n_ctx));
+  int64_t room = model->context_room.load();
+  do {
+    if (bytes_ > room) {
+      const int64_t needed = bytes_;
+      bytes_ = 0;
+      throw Error(ErrorCode::budget,
+                  "a context of " + std::to_string(n_ctx) + " tokens takes " + megabytes(size_t(needed)) +
+                      ", and the memory budget of " + megabytes(model->planned.budget) + " was divided so that " +
+                      megabytes(size_t(std::max<int64_t>(room, 0))) + " are left for it: load the model with a larger " +
+                      "ctx_size (--ctx-size), or close another session first");
+    }
+  } while (!model->context_room.compare_exchange_weak(room, room - bytes_));
+}
+
+Model::Impl::ContextRoom::~ContextRoom() {
+  if (bytes_) model_->context_room.fetch_add(bytes_);
+}
+
+}  // namespace sr

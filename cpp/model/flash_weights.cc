@@ -1,0 +1,369 @@
+// Matrices are cut between panels: a tile is computed from the same bytes by the same kernel wherever it lies, so that the
+// results are those of a model in memory, bit for bit.
+#include "model/flash_weights.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <utility>
+
+#include "format/packed_model.h"
+#include "kernels/pack/pack.h"
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kPollInterval = std::chrono::milliseconds(20);
+constexpr size_t kHugePage = size_t(2) << 20;
+
+struct Range {
+  size_t begin, end;  // of the file
+};
+
+// What cannot be parted: a panel, or two of a single tile each where a tile of gate goes with one of up.
+struct Grain {
+  int rows;   // of each but perhaps the last
+  int count;
+};
+
+Grain grain_of(const PanelMatrix& m, int tiles_per_unit) {
+  const int rows = m.panel_rows / kTileRows % tiles_per_unit ? m.panel_rows * tiles_per_unit : m.panel_rows;
+  return {rows, (m.padded_rows() + rows - 1) / rows};
+}
+
+// Rows [begin, end) of m, whole panels, as a matrix of their own.
+PanelMatrix some_rows(const PanelMatrix& m, int begin, int end) {
+  PanelMatrix out = m;
+  out.data = m.data + size_t(begin / m.panel_rows) * m.panel_bytes(m.panel_rows);
+  out.rows = std::min(m.rows, end) - begin;
+  return out;
+}
+
+PanelMatrix some_grains(const PanelMatrix& m, const Grain& g, int begin, int end) {
+  return some_rows(m, begin * g.rows, end * g.rows);
+}
+
+size_t grain_size(const PanelMatrix& m, const Grain& g, int i) { return some_grains(m, g, i, i + 1).total_bytes(); }
+
+struct Matrix {
+  Linear* w;
+  WeightRank rank;
+  int layer;
+  int tiles_per_unit;
+  NeuronRows* rows = nullptr;  // instead of w
+};
+
+// Neurons are parted by 64, as threads share them.
+constexpr int kNeuronGrain = kTileRows;
+
+size_t neuron_grain_bytes(const NeuronRows& w) { return size_t(kNeuronGrain) * w.m.record_bytes(); }
+
+// All matrices in the order of use. An embedding that is not the head comes last: it is not streamed.
+std::vector<Matrix> matrices(DecoderWeights* w) {
+  std::vector<Matrix> all;
+  for (size_t l = 0; l < w->layers.size(); l++) {
+    LayerWeights& layer = w->layers[l];
+    all.push_back({&layer.attn_qkv, WeightRank::attention, int(l), 1});
+    all.push_back({&layer.attn_o, WeightRank::attention, int(l), 1});
+    if (layer.ffn_rows) all.push_back({nullptr, WeightRank::ffn, int(l), 1, &layer.ffn_rows});
+    else all.push_back({&layer.ffn_in, WeightRank::ffn, int(l), layer.ffn_in.rows == layer.ffn_down.cols ? 1 : 2});
+    all.push_back({&layer.ffn_down, WeightRank::ffn, int(l), 1});
+  }
+  all.push_back({w->output.empty() ? &w->token_embd : &w->output, WeightRank::head, 0, 1});
+  if (!w->output.empty()) all.push_back({&w->token_embd, WeightRank::embedding, 0, 1});
+  return all;
+}
+
+std::vector<int> even_share(int tile_begin, int tile_end, int threads, int tiles_per_unit) {
+  const int units = (tile_end - tile_begin + tiles_per_unit - 1) / tiles_per_unit;
+  std::vector<int> share;
+  for (int t = 0; t <= threads; t++) {
+    share.push_back(std::min(tile_begin + units * t / threads * tiles_per_unit, tile_end));
+  }
+  return share;
+}
+
+// Where the stream's address of a unit is to be put.
+struct Streamed {
+  const uint8_t** data;
+  int unit;
+  size_t before;  // bytes of the matrix before the unit, where kernels count from its beginning
+};
+
+// Neurons of w after the first `resident` grains, in units of at most unit_bytes.
+void cut_rows(NeuronRows* w, int resident, int threads, size_t unit_bytes, const uint8_t* file,
+              std::vector<Range>* stays, std::vector<StreamUnit>* units, std::vector<Streamed>* streamed) {
+  const int grains = w->m.neurons / kNeuronGrain;
+  const size_t bytes = neuron_grain_bytes(*w), at = size_t(w->m.data - file);
+  if (resident > 0) stays->push_back({at, at + size_t(resident) * bytes});
+  if (resident == grains) return;
+  w->slices.clear();
+  if (resident > 0) w->slices.push_back({0, resident, -1, even_share(0, resident, threads, 1)});
+  const int together = std::max(1, int((unit_bytes - std::min(unit_bytes, 2 * kReadAlign)) / bytes));
+  for (int begin = resident; begin < grains; begin += together) {
+    const int end = std::min(begin + together, grains);
+    w->slices.push_back({begin, end, int(units->size()), even_share(begin, end, threads, 1)});
+    units->push_back({uint64_t(at + size_t(begin) * bytes), size_t(end - begin) * bytes});
+  }
+  w->places.assign(w->slices.size(), w->m);
+  for (size_t i = 0; i < w->slices.size(); i++) {
+    const Slice& s = w->slices[i];
+    if (s.unit >= 0) streamed->push_back({&w->places[i].data, s.unit, size_t(s.tile_begin) * bytes});
+  }
+}
+
+// Cuts w after its first `resident` grains; what follows is grouped into units of at most unit_bytes.
+void cut(const Matrix& m, int resident, int threads, size_t unit_bytes, const uint8_t* file,
+         std::vector<Range>* stays, std::vector<StreamUnit>* units, std::vector<Streamed>* streamed) {
+  const Linear whole = *m.w;
+  Linear front = whole;  // the resident parts, for their shares
+  front.parts.clear();
+  std::vector<PanelMatrix> parts;
+  std::vector<int> unit_of;
+  for (const PanelMatrix& p : whole.parts) {
+    const Grain g = grain_of(p, m.tiles_per_unit);
+    const int kept = std::min(resident, g.count);
+    resident -= kept;
+    if (kept > 0) {
+      parts.push_back(some_grains(p, g, 0, kept));
+      unit_of.push_back(-1);
+      const size_t at = size_t(parts.back().data - file);
+      stays->push_back({at, at + parts.back().total_bytes()});
+      front.parts.push_back(parts.back());
+    }
+    for (int begin = kept; begin < g.count;) {
+      int end = begin + 1;
+      size_t bytes = grain_size(p, g, begin);
+      while (end < g.count && bytes + grain_size(p, g, end) <= unit_bytes - std::min(unit_bytes, 2 * kReadAlign)) {
+        bytes += grain_size(p, g, end++);
+      }
+      parts.push_back(some_grains(p, g, begin, end));
+      unit_of.push_back(int(units->size()));
+      units->push_back({uint64_t(parts.back().data - file), parts.back().total_bytes()});
+      begin = end;
+    }
+  }
+  if (unit_of.back() < 0) return;  // all of it stays
+  Linear& w = *m.w;
+  w.parts = parts;
+  w.tile_begin.assign(1, 0);
+  w.row_begin.assign(1, 0);
+  w.slices.clear();
+  for (size_t i = 0; i < parts.size(); i++) {
+    w.tile_begin.push_back(w.tile_begin.back() + parts[i].tiles());
+    w.row_begin.push_back(w.row_begin.back() + parts[i].rows);
+    if (unit_of[i] < 0) continue;
+    const int begin = w.tile_begin[i], end = w.tile_begin[i + 1];
+    if (w.slices.empty() && begin > 0) {
+      front.tile_begin.assign(w.tile_begin.begin(), w.tile_begin.begin() + std::ptrdiff_t(i) + 1);
+      set_shares(&front, threads, m.tiles_per_unit);
+      w.slices.push_back({0, begin, -1, front.share});
+    }
+    w.slices.push_back({begin, end, unit_of[i], even_share(begin, end, threads, m.tiles_per_unit)});
+    streamed->push_back({&w.parts[i].data, unit_of[i], 0});
+  }
+}
+
+// Whole blocks that hold all ranges, in ascending order.
+std::vector<Range> merged(std::vector<Range> ranges) {
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  std::vector<Range> out;
+  for (Range r : ranges) {
+    r = {size_t(align_down(r.begin)), size_t(align_up(r.end))};
+    if (!out.empty() && r.begin <= out.back().end) out.back().end = std::max(out.back().end, r.end);
+    else out.push_back(r);
+  }
+  return out;
+}
+
+// What a waiting thread and the readers share; readers may outlive the one that waits.
+struct Pending {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int left = 0;
+  std::string error;
+};
+
+void submit(ReadQueue* queue, const std::shared_ptr<Pending>& pending, uint64_t offset, size_t bytes, uint8_t* to,
+            std::shared_ptr<void> keep) {
+  ReadJob job;
+  job.offset = offset;
+  job.bytes = bytes;
+  job.to = to;
+  job.done = [pending, keep = std::move(keep)](const std::string& error) {
+    std::lock_guard<std::mutex> lock(pending->mutex);
+    if (pending->error.empty()) pending->error = error;
+    pending->left--;
+    pending->changed.notify_all();
+  };
+  {
+    std::lock_guard<std::mutex> lock(pending->mutex);
+    pending->left++;
+  }
+  queue->submit(std::move(job));
+}
+
+// False: should_stop said so.
+bool wait_for(Pending* pending, const std::function<bool()>& should_stop) {
+  std::unique_lock<std::mutex> lock(pending->mutex);
+  while (pending->left > 0) {
+    if (pending->changed.wait_for(lock, kPollInterval) == std::cv_status::timeout || pending->left > 0) {
+      lock.unlock();
+      const bool stop = should_stop();
+      lock.lock();
+      if (stop && pending->left > 0) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+ResidencyPlan FlashWeights::plan(const DecoderWeights& weights, size_t room) {
+  std::vector<ResidencyItem> items;
+  for (const Matrix& m : matrices(const_cast<DecoderWeights*>(&weights))) {
+    ResidencyItem item;
+    item.rank = m.rank;
+    item.layer = m.layer;
+    if (m.rows) item.panels.assign(size_t(m.rows->m.neurons / kNeuronGrain), neuron_grain_bytes(*m.rows));
+    for (const PanelMatrix& p : m.w ? m.w->parts : std::vector<PanelMatrix>()) {
+      const Grain g = grain_of(p, m.tiles_per_unit);
+      for (int i = 0; i < g.count; i++) item.panels.push_back(grain_size(p, g, i));
+    }
+    items.push_back(std::move(item));
+  }
+  return plan_residency(items, room);
+}
+
+FlashWeights::FlashWeights(const PackedModel& model, DecoderWeights* w, const ResidencyPlan& plan, int threads,
+                           std::shared_ptr<ReadQueue> queue, const LoadProgress& progress)
+    : queue_(std::move(queue)), plan_(plan), file_(model.weights().file().data()) {
+  const MappedFile& file = model.weights().file();
+  SR_CHECK(file.room(0));
+  embedding_ = w->token_embd;
+  std::vector<Range> stays;
+  std::vector<StreamUnit> units;
+  std::vector<Streamed> streamed;
+  const std::vector<Matrix> all = matrices(w);
+  size_t panel = 0;
+  for (size_t i = 0; i < all.size(); i++) {
+    const int kept = plan.resident[i];
+    if (all[i].rows) {
+      cut_rows(all[i].rows, kept, threads, plan.unit_bytes, file_, &stays, &units, &streamed);
+      continue;
+    }
+    if (all[i].w == &w->token_embd) {
+      int left = kept;
+      for (const PanelMatrix& p : embedding_.parts) {
+        const Grain g = grain_of(p, 1);
+        const int here = std::min(left, g.count);
+        left -= here;
+        resident_rows_ += std::min(p.rows, here * g.rows);
+        for (int k = here; k < g.count; k++) panel = std::max(panel, grain_size(p, g, k));
+      }
+    }
+    if (all[i].rank == WeightRank::embedding) {
+      // Nothing of it is streamed: cut only to learn what stays.
+      Linear copy = w->token_embd;
+      std::vector<StreamUnit> ignored;
+      std::vector<Streamed> nothing;
+      cut({&copy, all[i].rank, 0, 1}, kept, threads, plan.unit_bytes, file_, &stays, &ignored, &nothing);
+      continue;
+    }
+    cut(all[i], kept, threads, plan.unit_bytes, file_, &stays, &units, &streamed);
+  }
+  if (panel) {
+    panel_ = std::make_shared<AlignedBuffer<uint8_t>>(size_t(align_up(panel)) + 3 * kReadAlign, "an embedding row");
+  }
+
+  const std::vector<Range> ranges = merged(stays);
+  size_t total = 0;
+  const Clock::time_point t0 = Clock::now();
+  auto pending = std::make_shared<Pending>();
+  for (const Range& r : ranges) {
+    total += r.end - r.begin;
+    // Only whole huge pages inside the range: elsewhere one would take memory for what is not resident.
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(file.room(r.begin)), end = begin + (r.end - r.begin);
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+    if (last > first) prefer_huge_pages(reinterpret_cast<void*>(first), last - first);
+    submit(queue_.get(), pending, r.begin, r.end - r.begin, file.room(r.begin), nullptr);
+  }
+  const int64_t before = queue_->stats().bytes;
+  if (!wait_for(pending.get(), [&] { return progress && progress(size_t(queue_->stats().bytes - before), total); })) {
+    throw Error(ErrorCode::cancelled, "cancelled");
+  }
+  if (!pending->error.empty()) throw Error(ErrorCode::runtime, pending->error);
+  if (progress) progress(total, total);
+  const double seconds = std::chrono::duration<double>(Clock::now() - t0).count();
+  if (total >= (size_t(16) << 20)) load_rate_ = double(total) / seconds;
+
+  if (units.empty()) return;
+  stream_ = std::make_unique<WeightStream>(queue_, units, plan.ring_bytes, threads);
+  for (const Streamed& s : streamed) {
+    *s.data = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(stream_->address(s.unit)) - s.before);
+  }
+}
+
+void FlashWeights::begin_pass() {
+  if (stream_) stream_->begin_pass();
+}
+
+std::string FlashWeights::end_pass() {
+  std::string error = stream_ ? stream_->end_pass() : std::string();
+  if (error.empty() && (stream_ || panel_)) {
+    const std::string changed = queue_->source().changed();
+    if (!changed.empty()) error = queue_->source().path() + " " + changed + " since the model was opened";
+  }
+  return error;
+}
+
+std::string FlashWeights::read(uint64_t offset, size_t bytes, uint8_t* to, const std::function<bool()>& should_stop) {
+  auto pending = std::make_shared<Pending>();
+  submit(queue_.get(), pending, offset, bytes, to, panel_);
+  if (!wait_for(pending.get(), should_stop)) {
+    // The reader may still write there: the next rows get memory of their own.
+    panel_ = std::make_shared<AlignedBuffer<uint8_t>>(panel_->size(), "an embedding row");
+    return "cancelled";
+  }
+  return pending->error;
+}
+
+std::string FlashWeights::fetch_rows(const int32_t* tokens, int n, const std::function<bool()>& should_stop,
+                                     float* out) {
+  // Panel by panel: rows of the same panel are read once.
+  std::vector<int> order(static_cast<size_t>(n));
+  for (int i = 0; i < n; i++) order[size_t(i)] = i;
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
+  const PanelMatrix* held = nullptr;
+  int held_panel = -1;
+  PanelMatrix one;
+  for (int i : order) {
+    float* row_out = out + size_t(i) * size_t(embedding_.cols);
+    size_t p = 0;
+    while (tokens[i] >= embedding_.row_begin[p + 1]) p++;
+    const PanelMatrix& part = embedding_.parts[p];
+    const int row = tokens[i] - embedding_.row_begin[p], panel = row / part.panel_rows;
+    if (tokens[i] < resident_rows_) {
+      unpack_row(part, row, row_out);
+      continue;
+    }
+    if (held != &part || held_panel != panel) {
+      one = some_rows(part, panel * part.panel_rows, (panel + 1) * part.panel_rows);
+      const uint64_t offset = uint64_t(one.data - file_), begin = align_down(offset);
+      uint8_t* to = reinterpret_cast<uint8_t*>(align_up(reinterpret_cast<uintptr_t>(panel_->data())));
+      const size_t bytes = size_t(align_up(offset + one.total_bytes()) - begin);
+      const std::string error = read(begin, bytes, to, should_stop);
+      if (!error.empty()) return error;
+      one.data = to + (offset - begin);
+      held = &part;
+      held_panel = panel;
+    }
+    unpack_row(one, row - panel * part.panel_rows, row_out);
+  }
+  return "";
+}
+
+}  // namespace sr
