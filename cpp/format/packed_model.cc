@@ -46,9 +46,9 @@ void read_scales(const Json& layout, Matrix* m) {
   m->has_min = min && min->as_bool();
 }
 
-bool is_layout(const Json& layout, const char* name) {
+bool is_layout(const Json& layout, const char* name, int version) {
   const Json* text = layout.find("layout");
-  return text && text->as_string() == name && member_int(layout, "version") == 1;
+  return text && text->as_string() == name && member_int(layout, "version") == version;
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {
@@ -132,7 +132,7 @@ PanelMatrix PackedModel::part(const std::string& tensor, const TensorView& view)
   PanelMatrix m;
   try {
     const Json j = layout_of(tensor);
-    if (!is_layout(j, "panels")) {
+    if (!is_layout(j, "panels", 1)) {
       throw Error(ErrorCode::unsupported, weights_->path() + ": tensor " + tensor +
                                               " has a layout that this program does not know" + kAgain);
     }
@@ -156,7 +156,7 @@ PanelMatrix PackedModel::part(const std::string& tensor, const TensorView& view)
 bool PackedModel::has_neurons(const std::string& name) const {
   if (!weights_->find(name)) return false;
   try {
-    return is_layout(layout_of(name), "neurons");
+    return is_layout(layout_of(name), "neurons", 2);
   } catch (const JsonError& e) {
     weights_->damaged("the layout of " + name + " " + e.what());
   }

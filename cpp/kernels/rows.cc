@@ -28,12 +28,12 @@ void order_for_rows(const QuantVector& x, int cols, int8_t* q, float* scale, int
 }
 
 void prefetch_start(const NeuronMatrix& w, const int32_t* ids, int begin, int end, int lines) {
-  const size_t record = w.record_bytes();
   for (int k = begin; k < end; ++k)
-    for (size_t at = 0; at < record; at += 64) {
-      if (lines-- <= 0) return;
-      __builtin_prefetch(record_of(w, ids, k) + at, 0, 2);
-    }
+    for (int r = 0; r < (w.gated ? 2 : 1); ++r)
+      for (size_t at = 0; at < w.row_bytes(); at += 64) {
+        if (lines-- <= 0) return;
+        __builtin_prefetch(record_of(w, ids, k) + r * w.up_offset() + at, 0, 2);
+      }
 }
 
 size_t rows_scratch_bytes(const NeuronMatrix& w) {

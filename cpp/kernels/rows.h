@@ -65,7 +65,7 @@ SR_INLINE size_t scale_place(const RowPlan& plan, int stripe, int part, int lane
 }
 
 SR_INLINE const uint8_t* record_of(const NeuronMatrix& w, const int32_t* ids, int k) {
-  return w.data + size_t(ids ? ids[k] : k) * w.record_bytes();
+  return w.data + w.offset_of(ids ? ids[k] : k);
 }
 
 }  // namespace sr

@@ -120,7 +120,7 @@ size_t gemm_scratch_bytes(const PanelMatrix& w);
 // [stripes * 32] of RowVector, stripes = ceil(cols / 512).
 void order_for_rows(const QuantVector& x, int cols, int8_t* q, float* scale, int32_t* sum);
 
-// As above, for the records of neurons at positions [begin, end).
+// As above, for the rows of neurons at positions [begin, end).
 void prefetch_start(const NeuronMatrix& w, const int32_t* ids, int begin, int end, int lines);
 
 // Scratch bytes that rows_gemm_q and rows_gemm_f need per thread for w.

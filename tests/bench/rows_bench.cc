@@ -2,7 +2,7 @@
 // GB/s of the bytes that are wanted, best of several alternating passes. Usage: rows_bench [threads] [case ...]
 //
 //   panel    the same matrix in panels, dense gemv           dense  all neurons, gate and up
-//   gather   one load a line of a random subset of records, the best of several prefetch distances
+//   gather   one load a line of a random subset of runs as long as both rows of a neuron, the best of several distances
 //   list     the kernel on the same subset                   gate   gate rows of all neurons, up rows passed over
 //   alone    the rows of a matrix without up rows: what gate costs where it is stored apart
 #include <algorithm>

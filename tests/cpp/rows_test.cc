@@ -181,11 +181,16 @@ std::vector<int32_t> random_list(int neurons, int percent, std::mt19937& rng) {
 
 }  // namespace
 
-TEST_CASE("sizes: a 4-bit neuron of width 2048 is one run of 2304 bytes; records are multiples of 64") {
+TEST_CASE("sizes: a 4-bit neuron of width 2048 is two rows of 1152 bytes; blocks of 64 neurons are whole") {
   NeuronMatrix m = shape_of(WeightKind::q4, 32, false, 3, 2048, true);
   CHECK_EQ(m.row_bytes(), size_t(1152));
   CHECK_EQ(m.record_bytes(), size_t(2304));
-  CHECK_EQ(m.total_bytes(), size_t(3 * 2304));
+  CHECK_EQ(m.total_bytes(), size_t(64 * 2304));
+  CHECK_EQ(m.offset_of(2), size_t(2 * 1152));
+  CHECK_EQ(m.up_offset(), size_t(64 * 1152));
+  m.neurons = 65;
+  CHECK_EQ(m.total_bytes(), size_t(128 * 2304));
+  CHECK_EQ(m.offset_of(64), size_t(64 * 2304));
   m = shape_of(WeightKind::q6, 16, true, 3, 576, true);  // 432 codes, 72 scales, 72 minima
   CHECK_EQ(m.row_bytes(), size_t(576));
   m = shape_of(WeightKind::q4, 32, true, 3, 576, true);  // 288 + 36 + 36 = 360
@@ -205,8 +210,8 @@ TEST_CASE("pack_neurons: unpacking gives back what codes, scales and minima say;
     CHECK(same_bits(got, w.weights));
     const size_t used = w.view.code_bytes() + w.view.scale_bytes() * (w.view.has_min ? 2 : 1);
     for (int i = 0; i < w.view.neurons; ++i) {
-      const uint8_t* up = w.view.data + i * w.view.record_bytes() + w.view.up_offset();
-      for (size_t b = used; b < w.view.record_bytes() - w.view.up_offset(); ++b) CHECK_EQ(int(up[b]), 0);
+      const uint8_t* up = w.view.data + w.view.offset_of(i) + w.view.up_offset();
+      for (size_t b = used; b < w.view.row_stride(); ++b) CHECK_EQ(int(up[b]), 0);
     }
   });
   std::mt19937 rng(1);

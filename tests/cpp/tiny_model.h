@@ -242,7 +242,7 @@ class TinyModel {
     const auto number = [](int v) { return std::to_string(v); };
     const auto flag = [](bool v) { return std::string(v ? "true" : "false"); };
     std::string layout = "{\"layout\": \"" + std::string(by_neuron ? "neurons" : "panels") +
-                         "\", \"version\": 1, \"kind\": \"" + kind + "\", \"cols\": " + number(cols);
+                         (by_neuron ? "\", \"version\": 2" : "\", \"version\": 1") + ", \"kind\": \"" + kind + "\", \"cols\": " + number(cols);
     if (by_neuron) layout += ", \"neurons\": " + number(gate_up ? rows / 2 : rows) + ", \"gated\": " + flag(gate_up);
     else layout += ", \"rows\": " + number(rows) + ", \"panel_rows\": " + number(panel_rows);
     if (quantised) layout += ", \"group\": " + number(group) + ", \"min\": " + flag(spec_.has_min);

@@ -30,7 +30,7 @@ def read_packed(directory: Path) -> tuple[dict[str, NDArray[Any]], dict[str, dic
                 tensors[name] = blob
                 continue
             m = layouts[name] = json.loads(metadata[f"layout:{name}"])
-            assert blob.dtype == np.uint8 and m["version"] == 1
+            assert blob.dtype == np.uint8 and m["version"] == (2 if m["layout"] == "neurons" else 1)
             group, has_min = m.get("group", 32), m.get("min", False)
             if m["layout"] == "neurons":
                 rows = _core.unpack_neurons(m["kind"], blob, m["neurons"], m["cols"], group, has_min, m["gated"])

@@ -77,14 +77,16 @@ struct QuantVector {
 constexpr int kRowLanes = 16;                            // slabs in a stripe: one lane of a vector each
 constexpr int kStripeCols = kRowLanes * kSlabCols;       // inputs in a stripe of a row
 
-// The rows that feed the FFN's neurons, in layout `neurons`: record after record, one for each neuron, a record being its
-// gate row and its up row (its up row alone where the FFN is not gated).
+constexpr int kNeuronBlock = 64;                         // neurons whose rows lie together
+
+// The rows that feed the FFN's neurons, in layout `neurons`: blocks of 64 neurons, in each their gate rows and then their
+// up rows (up rows alone where the FFN is not gated), so that either kind is read in long runs and a block is one run.
 struct NeuronMatrix {
   const uint8_t* data = nullptr;
   WeightKind kind = WeightKind::f32;
   bool has_min = false;
   int group = 32;     // columns per scale: 32 or 16
-  int neurons = 0;    // records
+  int neurons = 0;
   int cols = 0;       // true inputs
   bool gated = true;
 
@@ -98,9 +100,17 @@ struct NeuronMatrix {
                                         : size_t(cols) * (kind == WeightKind::f32 ? 4 : 2);
     return (n + 15) / 16 * 16;
   }
-  SR_INLINE size_t up_offset() const { return gated ? row_bytes() : 0; }
-  SR_INLINE size_t record_bytes() const { return (row_bytes() * (gated ? 2 : 1) + 63) / 64 * 64; }
-  SR_INLINE size_t total_bytes() const { return size_t(neurons) * record_bytes(); }
+  SR_INLINE size_t row_stride() const { return (row_bytes() + 63) / 64 * 64; }
+  SR_INLINE size_t record_bytes() const { return row_stride() * (gated ? 2 : 1); }  // that a neuron takes
+  // From a neuron's gate row to its up row.
+  SR_INLINE size_t up_offset() const { return gated ? kNeuronBlock * row_stride() : 0; }
+  // Where a neuron's first row begins; the last block is a whole one.
+  SR_INLINE size_t offset_of(int neuron) const {
+    return size_t(neuron / kNeuronBlock) * kNeuronBlock * record_bytes() + size_t(neuron % kNeuronBlock) * row_stride();
+  }
+  SR_INLINE size_t total_bytes() const {
+    return size_t((neurons + kNeuronBlock - 1) / kNeuronBlock) * kNeuronBlock * record_bytes();
+  }
 };
 
 // A quantised vector put in the order in which rows are stored (order_for_rows): per stripe, 8 chunks of 16 lanes of 4

@@ -17,7 +17,7 @@ void each_row(const NeuronMatrix& shape, Byte* records, Fn fn) {
   const int per = shape.gated ? 2 : 1;
   for (int i = 0; i < shape.neurons; ++i)
     for (int r = 0; r < per; ++r)
-      fn(records + i * shape.record_bytes() + r * shape.up_offset(), size_t(i) * per + r);
+      fn(records + shape.offset_of(i) + r * shape.up_offset(), size_t(i) * per + r);
 }
 
 void put_half(uint8_t* plane, size_t i, uint16_t h) { std::memcpy(plane + 2 * i, &h, 2); }

@@ -15,7 +15,7 @@ from .codes import SLAB_COLS, TILE_ROWS, Form
 
 ALIGNMENT = 4096
 PAD_PREFIX = "__pad__."
-LAYOUT_VERSION = 1
+LAYOUT_VERSION, NEURONS_VERSION = 1, 2
 MOST_ROWS = 2816  # of a panel
 
 LayoutChoice = Literal["auto", "panels", "neurons"]
@@ -99,7 +99,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Neurons:
-    """A matrix stored as records of neurons: gate row and up row, or up row alone where not gated."""
+    """A matrix stored by neuron: in blocks of 64 the gate rows, then the up rows, or up rows alone where not gated."""
 
     neurons: int
     cols: int
@@ -111,13 +111,13 @@ class Neurons:
         return 2 if self.gated else 1
 
     def records_bytes(self, neurons: int) -> int:
-        """Bytes of the records of so many neurons."""
+        """Bytes of so many neurons, in whole blocks of 64."""
         slabs, form = round_up(self.cols, SLAB_COLS) // SLAB_COLS, self.form
         if form.quantised:
             row = slabs * SLAB_COLS * form.bits // 8 + slabs * (SLAB_COLS // form.group) * 2 * (2 if form.has_min else 1)
         else:
             row = self.cols * form.bits // 8
-        return neurons * round_up(round_up(row, 16) * self.rows_each, 64)
+        return round_up(neurons, TILE_ROWS) * round_up(row, 64) * self.rows_each
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +127,7 @@ class Neurons:
         """The entry in the file's metadata."""
         entry: dict[str, object] = {
             "layout": "neurons",
-            "version": LAYOUT_VERSION,
+            "version": NEURONS_VERSION,
             "kind": self.form.kind,
             "neurons": self.neurons,
             "cols": self.cols,
