@@ -27,13 +27,14 @@ from sparse_run import _core, registry, sparsity
 from sparse_run.bench.sparse import bench_sparse
 from sparse_run.cli.common import Work
 from sparse_run.errors import UsageError
-from sparse_run.eval import compare
+from sparse_run.eval import compare_all
 from sparse_run.predictors.common import methods
 from sparse_run.predictors.common.calibration import Calibration, bytes_per_token
 from sparse_run.skipping import bind
 from sparse_run.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+_TOGETHER = 6  # rows that share a dense run; they are written together
 _COLUMNS = (
     "method",
     "level",
@@ -151,58 +152,74 @@ class Table:
             jobs += [(m, v, None, percent / 100) for m, v in self.wanted() if v == methods.fit_class(m).ALLOCATIONS[0]]
         fits: dict[str, Calibration | None] = {}
         done = {(row["method"], row["allocation"], row["asked_level"], row["budget"]) for row in self.data["rows"]}
+        jobs = [job for job in jobs if job not in done]
         with Work() as work:
-            for method, variant, level, budget in jobs:
-                if (method, variant, level, budget) in done:
-                    continue
+            for begin in range(0, len(jobs), _TOGETHER):
                 if time.monotonic() > self.stop:
                     return
-                try:
-                    if method not in fits:
-                        fits[method] = self.fit(method, work)
-                    fit = fits[method]
-                    if fit is None:
-                        continue
-                    self.data["rows"].append(self.row(fit, variant, level, budget))
-                except UsageError as error:
-                    print(f"{method} {variant}: {error}", file=sys.stderr)
-                    fits[method] = None
-                    continue
-                self.save()
+                batch: list[tuple[dict[str, Any], sparsity.SparsityFile]] = []
+                for method, variant, level, budget in jobs[begin : begin + _TOGETHER]:
+                    try:
+                        if method not in fits:
+                            fits[method] = self.fit(method, work)
+                        fit = fits[method]
+                        if fit is not None:
+                            batch.append(self.prepared(fit, variant, level, budget))
+                    except UsageError as error:
+                        print(f"{method} {variant}: {error}", file=sys.stderr)
+                        fits[method] = None
+                self.measure(batch)
 
-    def row(self, fit: Calibration, variant: str, level: float | None, budget: float | None) -> dict[str, Any]:
+    def prepared(
+        self, fit: Calibration, variant: str, level: float | None, budget: float | None
+    ) -> tuple[dict[str, Any], sparsity.SparsityFile]:
+        """A row without its figures, and the file whose figures they will be."""
         found = level if level is not None else fit.search(variant, budget or 0.0)
         file = fit.file(variant, found, measure=False)
-        name = fit.name_of(variant, level, budget)
-        sparsity.save(file, sparsity.path_of(self.packed, name))
-        bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
-        r = compare(self.core, self.ids, bind(file, self.core), n_vocab=fit.n_vocab, chunks=self.args.chunks, bos=bos)
-        self.data["dense"]["perplexity"] = r.perplexity_dense
-        self.data["dense"]["bytes_per_token"] = self.core.bytes_per_token
-        print(
-            f"{name}: {r.perplexity:.3f}, {r.perplexity_increase:+.2%} +- {r.perplexity_increase_stderr:.2%}",
-            flush=True,
-        )
-        return {
+        sparsity.save(file, sparsity.path_of(self.packed, fit.name_of(variant, level, budget)))
+        row = {
             "method": fit.METHOD,
             "allocation": variant,
-            "name": name,
+            "name": file.name,
             "asked_level": level,
             "budget": budget,
             "level": found,
             "held_out_increase": fit.increase(variant, found) if budget is not None and found else None,
             "levels": file.levels,
-            "perplexity": r.perplexity,
-            "increase": r.perplexity_increase,
-            "increase_stderr": r.perplexity_increase_stderr,
-            "kl_mean": r.kl_mean,
-            "kl_p99": r.kl_p99,
-            "top1_agreement": r.top1_agreement,
-            "density": r.density,
-            "tokens_scored": r.tokens_scored,
-            "token_nll": [round(float(x), 4) for x in r.token_nll],
-            "bytes_per_token": bytes_per_token(self.core, self.header, r.density.get("body", 1.0)),
         }
+        return row, file
+
+    def measure(self, batch: list[tuple[dict[str, Any], sparsity.SparsityFile]]) -> None:
+        if not batch:
+            return
+        bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+        n_vocab = int(self.header.config["n_vocab"])
+        plans = [bind(file, self.core) for _, file in batch]
+        results = compare_all(self.core, self.ids, plans, n_vocab=n_vocab, chunks=self.args.chunks, bos=bos)
+        for (row, _), r in zip(batch, results, strict=True):
+            print(
+                f"{row['name']}: {r.perplexity:.3f}, {r.perplexity_increase:+.2%} +- {r.perplexity_increase_stderr:.2%}, "
+                f"KL {r.kl_mean:.4f}",
+                flush=True,
+            )
+            self.data["rows"].append(
+                row
+                | {
+                    "perplexity": r.perplexity,
+                    "increase": r.perplexity_increase,
+                    "increase_stderr": r.perplexity_increase_stderr,
+                    "kl_mean": r.kl_mean,
+                    "kl_p99": r.kl_p99,
+                    "top1_agreement": r.top1_agreement,
+                    "density": r.density,
+                    "tokens_scored": r.tokens_scored,
+                    "token_nll": [round(float(x), 4) for x in r.token_nll],
+                    "bytes_per_token": bytes_per_token(self.core, self.header, r.density.get("body", 1.0)),
+                }
+            )
+        self.data["dense"]["perplexity"] = results[0].perplexity_dense
+        self.data["dense"]["bytes_per_token"] = self.core.bytes_per_token
+        self.save()
 
     def fill_speed(self) -> None:
         opening = self.tokenizer.encode("The history of the city begins", parse_special=False)

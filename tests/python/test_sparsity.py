@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from sparse_run import _core
 from sparse_run.errors import UsageError
-from sparse_run.eval import compare, perplexity
+from sparse_run.eval import compare, compare_all, perplexity
 from sparse_run.packed_header import SITES, PackedHeader, read_header
 from sparse_run.predictors.common.columns import column_norms
 from sparse_run.predictors.common.layers import Stream, quantile_table, threshold_at
@@ -94,6 +94,22 @@ def test_threshold_0_costs_nothing(model: _core.Model, header: PackedHeader, wik
     assert r.perplexity == r.perplexity_dense == pytest.approx(dense.perplexity, rel=1e-12)
     assert (r.kl_mean, r.kl_p99, r.top1_agreement) == (0.0, 0.0, 1.0)
     assert r.tokens_scored == dense.tokens_scored
+
+
+def test_several_plans_at_once_are_measured_as_alone(model: _core.Model, header: PackedHeader, wiki: list[int]) -> None:
+    plans = [_core.Sparsity(model, constant(header, t), dense_tokens=DENSE) for t in (0.01, 0.03)]
+    together = compare_all(model, wiki, plans, n_vocab=49152, ctx=64, chunks=2)
+    for plan, found in zip(plans, together, strict=True):
+        alone = compare(model, wiki, plan, n_vocab=49152, ctx=64, chunks=2)
+        assert found.as_dict() | {"seconds": 0} == alone.as_dict() | {"seconds": 0}
+        assert np.array_equal(found.token_nll, alone.token_nll) and len(alone.token_nll) == alone.tokens_scored == 62
+        difference = alone.token_nll - compare(model, wiki, plans[0], n_vocab=49152, ctx=64, chunks=2).token_nll
+        assert (difference == 0).all() == (plan is plans[0])
+    assert together[0].kl_mean < together[1].kl_mean
+    assert together[1].perplexity_increase == pytest.approx(
+        together[1].perplexity / together[1].perplexity_dense - 1, abs=1e-9
+    )
+    assert 0 < together[1].perplexity_increase_stderr < 0.5
 
 
 def test_sparse_decoding_has_the_bits_of_masked_prefill(

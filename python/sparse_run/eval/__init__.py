@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .perplexity import PerplexityResult, perplexity
-from .sparse import SparseResult, compare
+from .sparse import SparseResult, compare, compare_all
 
-__all__ = ["PerplexityResult", "SparseResult", "compare", "perplexity"]
+__all__ = ["PerplexityResult", "SparseResult", "compare", "compare_all", "perplexity"]

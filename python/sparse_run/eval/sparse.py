@@ -65,59 +65,103 @@ def compare(
 ) -> SparseResult:
     """Runs a text dense and sparse; arguments and errors as for `perplexity`. Where what is skipped is chosen from a prompt,
     the first half of each chunk is that prompt, read dense, and what counts are the tokens after it."""
+    options: dict[str, Any] = {"n_vocab": n_vocab, "ctx": ctx, "chunks": chunks, "bos": bos, "progress": progress}
+    return compare_all(model, tokens, [plan], **options)[0]
+
+
+def compare_all(
+    model: _core.Model,
+    tokens: Sequence[int],
+    plans: Sequence[_core.Sparsity | Skipping],
+    *,
+    n_vocab: int,
+    ctx: int = 512,
+    chunks: int | None = None,
+    bos: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[SparseResult]:
+    """As `compare`, for several ways to skip: the dense run is made once."""
     import numpy as np
 
     from .. import _core
-    from ..skipping import Attached
 
     ids = cut_chunks(tokens, ctx=ctx, chunks=chunks, bos=bos)
     rows = rows_at_a_time(n_vocab)
-    dense, sparse = _core.Session(model, ctx), _core.Session(model, ctx)
-    attached = Attached(sparse, plan, blocks=True)
-    sparse.density()
+    dense = _core.Session(model, ctx)
+    runs = [_Run(_core.Session(model, ctx), plan) for plan in plans]
     first = ctx // 2
-    pairs: list[NDArray[np.float64]] = []
-    divergences: list[NDArray[np.float64]] = []
-    same = 0
+    nll_dense: list[NDArray[np.float64]] = []
     start = time.perf_counter()
     for c, chunk in enumerate(ids):
         if progress is not None:
             progress("dense and sparse", c, len(ids))
         dense.truncate(0)
         dense.eval(chunk[:first])
-        attached.prompt(chunk[:first])
+        for run in runs:
+            run.attached.prompt(chunk[:first])
         for begin in range(first, ctx - 1, rows):
             part = chunk[begin : min(begin + rows, ctx - 1)]
             targets = chunk[begin + 1 : begin + 1 + len(part)]
-            rows_dense, rows_sparse = dense.eval_all(part), attached.logits(part)
-            pairs.append(np.stack([token_nlls(rows_dense, targets), token_nlls(rows_sparse, targets)]))
-            if not np.isfinite(pairs[-1]).all():
-                which = "sparse" if np.isfinite(pairs[-1][0]).all() else "dense"
-                raise Error(f"chunk {c + 1}: the {which} run's logits are not finite numbers; convert the model again")
-            same += int((rows_dense.argmax(1) == rows_sparse.argmax(1)).sum())
-            divergences.append(kl_divergence(rows_dense, rows_sparse))
+            logits = dense.eval_all(part)
+            nll_dense.append(_finite(token_nlls(logits, targets), c, "dense"))
+            for run in runs:
+                run.add(part, targets, logits, c)
     if progress is not None:
         progress("dense and sparse", len(ids), len(ids))
-    nll_dense, nll_sparse = np.concatenate(pairs, axis=1)
-    kl = np.concatenate(divergences)
-    difference = nll_sparse - nll_dense
-    factor = _exp(float(difference.mean()))
-    return SparseResult(
-        perplexity=_exp(float(nll_sparse.mean())),
-        perplexity_dense=_exp(float(nll_dense.mean())),
-        perplexity_increase=factor - 1,
-        perplexity_increase_stderr=factor * float(difference.std()) / math.sqrt(len(difference)),
-        kl_mean=float(kl.mean()),
-        kl_p99=float(np.quantile(kl, 0.99)),
-        top1_agreement=same / len(kl),
-        density=sparse.density(),
-        nll=float(nll_sparse.mean()),
-        tokens_scored=len(kl),
-        ctx=ctx,
-        chunks=len(ids),
-        seconds=time.perf_counter() - start,
-        token_nll=nll_sparse,
-    )
+    seconds = time.perf_counter() - start
+    return [run.result(np.concatenate(nll_dense), ctx=ctx, chunks=len(ids), seconds=seconds) for run in runs]
+
+
+class _Run:
+    """One sparse run beside the dense one."""
+
+    def __init__(self, session: _core.Session, plan: _core.Sparsity | Skipping) -> None:
+        from ..skipping import Attached
+
+        self.session = session
+        self.attached = Attached(session, plan, blocks=True)
+        session.density()
+        self.nll: list[NDArray[np.float64]] = []
+        self.kl: list[NDArray[np.float64]] = []
+        self.same = 0
+
+    def add(self, part: NDArray[np.int32], targets: NDArray[np.int32], dense: NDArray[np.float32], chunk: int) -> None:
+        """Evaluates a part of a chunk, whose dense logits are known."""
+        logits = self.attached.logits(part)
+        self.nll.append(_finite(token_nlls(logits, targets), chunk, "sparse"))
+        self.kl.append(kl_divergence(dense, logits))
+        self.same += int((dense.argmax(1) == logits.argmax(1)).sum())
+
+    def result(self, nll_dense: NDArray[np.float64], *, ctx: int, chunks: int, seconds: float) -> SparseResult:
+        import numpy as np
+
+        nll, kl = np.concatenate(self.nll), np.concatenate(self.kl)
+        difference = nll - nll_dense
+        factor = _exp(float(difference.mean()))
+        return SparseResult(
+            perplexity=_exp(float(nll.mean())),
+            perplexity_dense=_exp(float(nll_dense.mean())),
+            perplexity_increase=factor - 1,
+            perplexity_increase_stderr=factor * float(difference.std()) / math.sqrt(len(difference)),
+            kl_mean=float(kl.mean()),
+            kl_p99=float(np.quantile(kl, 0.99)),
+            top1_agreement=self.same / len(kl),
+            density=self.session.density(),
+            nll=float(nll.mean()),
+            tokens_scored=len(kl),
+            ctx=ctx,
+            chunks=chunks,
+            seconds=seconds,
+            token_nll=nll,
+        )
+
+
+def _finite(nll: NDArray[np.float64], chunk: int, which: str) -> NDArray[np.float64]:
+    import numpy as np
+
+    if not np.isfinite(nll).all():
+        raise Error(f"chunk {chunk + 1}: the {which} run's logits are not finite numbers; convert the model again")
+    return nll
 
 
 def kl_divergence(dense: NDArray[np.float32], sparse: NDArray[np.float32]) -> NDArray[np.float64]:
