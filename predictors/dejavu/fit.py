@@ -202,8 +202,7 @@ class Fit:
             "density": found.density,
             "tokens_scored": found.tokens_scored,
             "text": "held-out chunks",
-            "bytes_per_token": bytes_per_token(self.model, self.header, found.density.get("body", 1.0))
-            + int(file.quality["predictor_bytes"]),
+            "bytes_per_token": bytes_per_token(self.model, self.header, found.density.get("body", 1.0)),
             "bytes_per_token_dense": self.model.bytes_per_token,
             "tokens_per_s": rates[1],
             "tokens_per_s_dense": rates[0],
