@@ -109,6 +109,10 @@ class Calibration(abc.ABC):
         """What the method keeps in its file besides thresholds."""
         return {}
 
+    def notes(self, allocation: str) -> dict[str, Any]:
+        """What else should be known of the file; goes into its options."""
+        return {}
+
     def prepare(self, allocation: str) -> None:
         """Makes the statistics that the allocation needs, so that the time left of a search is known."""
 
@@ -305,7 +309,13 @@ class Calibration(abc.ABC):
             fingerprint=self.header.fingerprint,
             shape=self.header.shape,
             quantisation=self.header.quantisation,
-            options={**asdict(self.options), "allocation": allocation, "level": target, **(extra or {})},
+            options={
+                **asdict(self.options),
+                "allocation": allocation,
+                "level": target,
+                **self.notes(allocation),
+                **(extra or {}),
+            },
             corpus=corpus.corpus_hash(fit, held),
             n_tokens=int(fit.size),
             tool_version=_core.__version__,

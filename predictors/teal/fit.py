@@ -28,7 +28,8 @@ PROBE = 192  # positions of a chunk that greedy searches look at
 SENSED = (8, 256)  # chunks, and positions of each, that sensitivities are measured on
 SCORED_FROM = 64  # of those positions
 ANCHORS = (0.15, 0.3, 0.5)  # levels at which sensitivities are measured
-MIN_LEVEL = 0.05  # a mask that skips less costs more than it brings
+MIN_LEVEL = 0.05  # a mask that skips less costs more than it brings, on any machine
+MOST_FLOOR = 0.5  # where a machine wants more than that, skipping does not pay at all
 
 
 @dataclass(frozen=True)
@@ -254,10 +255,21 @@ class Fit(calibration.Calibration):
         elif allocation == "global":
             anchor = min(ANCHORS, key=lambda a: abs(math.log(a / target)))
             moved = self._greedy_levels(target) * self.factors(anchor)
-            out = shape.rescaled(moved, self.weights, target, allocate.MAX_LEVEL)
+            out = shape.worthwhile(moved, self.weights, target, self.floor(), allocate.MAX_LEVEL)
         else:
             raise UsageError(f"allocation is {allocation!r}; it must be one of {', '.join(self.ALLOCATIONS)}")
         return np.where(out < MIN_LEVEL, np.nan, out)
+
+    def floor(self) -> float:
+        """The lowest level that is worth skipping on this machine: above the density where products run dense
+        (`sparse-run bench --breakeven`) a mask costs quality and brings nothing."""
+        from ...bench.breakeven import DEFAULT, known_break_even
+
+        known = known_break_even(self.header.fingerprint, self.model.isa, self.model.threads)
+        return min(MOST_FLOOR, max(MIN_LEVEL, 1 - (DEFAULT if known is None else known)))
+
+    def notes(self, allocation: str) -> dict[str, Any]:
+        return {"lowest_level": round(self.floor(), 4)} if allocation == "global" else {}
 
     def thresholds_at(
         self, allocation: str, target: float

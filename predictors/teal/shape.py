@@ -66,6 +66,25 @@ def rescaled(
     return out
 
 
+def worthwhile(
+    levels: NDArray[np.float64], weights: NDArray[np.float64], target: float, floor: float, top: float
+) -> NDArray[np.float64]:
+    """As `rescaled`, with no level between 0 and `floor`: such a product runs dense on the machine, so that masking its input
+    would cost quality for nothing. The lowest levels go first, and what they would have skipped goes to the others; where
+    those cannot reach the target, levels stay as they are."""
+    import numpy as np
+
+    shape = np.where(weights > 0, levels, 0.0)
+    while True:
+        out = rescaled(shape, weights, target, top)
+        low = np.flatnonzero((out > 0) & (out < floor))
+        rest = shape.copy()
+        rest.flat[low[np.argsort(out.flat[low])][: max(1, len(low) // 10)]] = 0
+        if not len(low) or (np.where(rest > 0, top, 0.0) * weights).sum() < target * weights.sum():
+            return out
+        shape = rest
+
+
 def steps(
     increases: NDArray[np.float64], errors: NDArray[np.float64], skipped: NDArray[np.float64]
 ) -> NDArray[np.float64]:
