@@ -3,6 +3,7 @@
 
 #include "bindings/bindings.h"
 #include "kernels/pack/pack.h"
+#include "kernels/pack/quantise.h"
 #include "kernels/pack/rows.h"
 
 namespace sr {
@@ -179,6 +180,45 @@ py::array unpack_neurons_py(const std::string& kind, const py::array& data_in, p
   return out;
 }
 
+py::tuple quantise_rows_py(const py::array& values_in, const std::string& kind, int group, bool has_min,
+                           const py::object& importance_in) {
+  const WeightKind k = weight_kind_from_name(kind);
+  if (!is_quantised(k)) throw Error(ErrorCode::usage, kind + " is not a quantised kind");
+  if (group < 16 || group > 128 || group % 16) throw Error(ErrorCode::usage, "group must be a multiple of 16 up to 128");
+  const py::array values = checked_array(values_in, 'f', 4, 2, "values");
+  const py::ssize_t rows = values.shape(0), cols = values.shape(1), groups = (cols + group - 1) / group;
+  if (rows < 1 || rows > kMaxSide || cols < 1 || cols > kMaxSide) {
+    throw Error(ErrorCode::usage, "rows and cols must be from 1 to " + std::to_string(kMaxSide));
+  }
+  py::array importance;
+  const float* weights = nullptr;
+  if (!importance_in.is_none()) {
+    importance = checked_array(py::array::ensure(importance_in), 'f', 4, 1, "importance");
+    if (importance.shape(0) != cols) throw Error(ErrorCode::usage, "importance must have one value a column");
+    weights = static_cast<const float*>(importance.data());
+  }
+  const py::dtype half = py::dtype("float16");
+  py::array_t<uint8_t> codes({rows, cols});
+  py::array scales(half, {rows, groups}), mins(half, {has_min ? rows : 0, groups});
+  const auto* x = static_cast<const float*>(values.data());
+  uint8_t* c = codes.mutable_data();
+  auto* s = static_cast<uint16_t*>(scales.mutable_data());
+  auto* m = has_min ? static_cast<uint16_t*>(mins.mutable_data()) : nullptr;
+  QuantiseError total;
+  {
+    py::gil_scoped_release release;
+    for (py::ssize_t r = 0; r < rows; ++r) {
+      const QuantiseError one = quantise_row(x + r * cols, weights, int(cols), code_bits(k), group, c + r * cols,
+                                             s + r * groups, m ? m + r * groups : nullptr);
+      total.error += one.error;
+      total.weight += one.weight;
+    }
+  }
+  py::object minima = py::none();
+  if (has_min) minima = mins;
+  return py::make_tuple(codes, scales, minima, total.error, total.weight);
+}
+
 }  // namespace
 
 void bind_pack(py::module_& m) {
@@ -188,6 +228,8 @@ void bind_pack(py::module_& m) {
         py::arg("group"), "One quantised panel: codes [rows, cols], scales and mins [rows, ceil(cols / group)].");
   m.def("pack_panel_float", &pack_panel_float_py, py::arg("kind"), py::arg("values"),
         "One float panel (up to 64 rows), values [rows, cols].");
+  m.def("quantise_rows", &quantise_rows_py, py::arg("values"), py::arg("kind"), py::arg("group"), py::arg("has_min"),
+        py::arg("importance").none(true) = py::none(), "Weights [rows, cols] to codes, scales and minima; see _core.pyi.");
   m.def("unpack_panel", &unpack_panel_py, py::arg("kind"), py::arg("data"), py::arg("rows"), py::arg("cols"),
         py::arg("group"), py::arg("has_min"), "The weights of one panel, [rows, cols].");
   m.def("neuron_bytes", &neuron_bytes_py, py::arg("kind"), py::arg("neurons"), py::arg("cols"), py::arg("group"),

@@ -53,6 +53,13 @@ def pack_panel(
 def pack_panel_float(kind: str, values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """One float panel (up to 64 rows), values [rows, cols] -> its bytes."""
 
+def quantise_rows(
+    values: NDArray[np.float32], kind: str, group: int, has_min: bool, importance: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16] | None, float, float]:
+    """Weights [rows, cols] to codes [rows, cols] of `kind` (q4 q5 q6 q8) and scales and minima [rows, ceil(cols / group)]:
+    a search per group for the least squared error, weighted by `importance` [cols]. The last two are that error and the
+    weighted sum of squared weights. A scale that does not fit into a half is infinite."""
+
 def unpack_panel(kind: str, data: NDArray[np.uint8], rows: int, cols: int, group: int, has_min: bool) -> NDArray[np.float32]:
     """The weights of one panel [rows, cols]; inverse of the packers (tests, checks)."""
 

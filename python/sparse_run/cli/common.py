@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -312,6 +312,16 @@ def read_text(path: str) -> str:
         raise UsageError(
             f"{'stdin' if path == '-' else path} is not UTF-8 text (byte {error.start}); convert it"
         ) from None
+
+
+def quality_line(quality: Mapping[str, Any]) -> str:
+    """What rounding cost, as `convert --report-text` found it."""
+    return (
+        f"perplexity {quality['perplexity']:.4f}, source {quality['perplexity_source']:.4f} "
+        f"({quality['perplexity_increase']:+.2%} +- {quality['perplexity_increase_stderr']:.2%}); "
+        f"KL {quality['kl_mean']:.5f} a token, 99% below {quality['kl_p99']:.4f}; the same first choice for "
+        f"{quality['top1_agreement']:.1%}; {quality['tokens_scored']} tokens"
+    )
 
 
 def timings_line(generation: Generation) -> str:

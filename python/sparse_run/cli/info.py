@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .common import Progress, json_option, model_option, print_json
+from .common import Progress, json_option, model_option, print_json, quality_line
 
 
 @click.command()
@@ -46,12 +46,19 @@ def _print(facts: dict[str, Any]) -> None:
         "layers": f"{facts['layers']} of width {facts['embedding']}",
         "attention": f"{facts['heads']} heads of {facts['head_dim']}, {facts['kv_heads']} for keys and values "
         f"({groups} queries each)",
-        "FFN": f"{facts['ffn']} neurons, {facts['ffn_kind']}, {facts['activation']}",
+        "FFN": f"{facts['ffn']} neurons, {facts['ffn_kind']}, {_activation(facts)}",
+        "zeros": _zeros(facts),
         "vocabulary": f"{facts['vocabulary']} tokens"
         + (", embedding used as head" if facts["tied_embeddings"] else ""),
         "context": f"{facts['context']} tokens{window}{scaled}",
-        "parameters": f"{facts['parameters'] / 1e6:.1f} million, {facts['bytes'] / 1e6:.1f} MB",
+        "parameters": f"{facts['parameters'] / 1e6:.1f} million, {facts['bytes'] / 1e6:.1f} MB, "
+        f"{facts['bits_per_weight']:.2f} bits a weight of the matrices",
     }
+    rounded = facts.get("made_from", {}).get("quantised")
+    if rounded:
+        lines["rounded to"] = rounded["bits"] + (", calibrated" if rounded["calibrated"] else "")
+    if facts.get("quality"):
+        lines["quality"] = quality_line(facts["quality"])
     for key, value in lines.items():
         click.echo(f"{key:<11} {value}")
     click.echo("\nweights        million        MB    bits/weight  kinds")
@@ -60,3 +67,27 @@ def _print(facts: dict[str, Any]) -> None:
             f"{name:<11} {w['parameters'] / 1e6:>10.2f} {w['bytes'] / 1e6:>9.1f} {w['bits_per_weight']:>14.2f}  "
             + ", ".join(w["kinds"])
         )
+
+
+def _activation(facts: dict[str, Any]) -> str:
+    """The activation with what makes it sparser: FATReLU's threshold, dReLU's second ReLU."""
+    text = str(facts["activation"])
+    if facts["activation_threshold"]:
+        text += f", 0 below {facts['activation_threshold']:g} (FATReLU)"
+    if facts["up_relu"]:
+        text += ", on gate and up (dReLU)"
+    return text
+
+
+def _zeros(facts: dict[str, Any]) -> str:
+    """How many of the FFN's neurons are exactly 0 by themselves."""
+    measured = facts["natural_sparsity"]
+    if measured is not None:
+        layers = measured["by_layer"]
+        return (
+            f"{measured['ffn']:.1%} of the FFN's neurons are exactly 0 ({min(layers):.0%} to {max(layers):.0%} by layer; "
+            f"{measured['tokens']} tokens)"
+        )
+    if not facts["exact_zeros"]:
+        return f"none: {facts['activation']} gives no exact zeros"
+    return "not measured (sparse-run convert --bits --calibration TEXT does)"

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .layout import LayoutChoice
+    from .measure import Quality
+    from .quantise import Quantisation
     from .writer import Existing, ProgressCallback
 
 __all__ = ["convert", "convert_gguf", "open_checkpoint", "source_files"]
@@ -63,25 +65,41 @@ def convert(
     layout: LayoutChoice = "auto",
     existing: Existing = "refuse",
     progress: ProgressCallback | None = None,
-) -> None:
-    """Makes the packed model `dst` from the checkpoint `src`, in memory below twice its largest tensor plus 200 MB.
+    quantisation: Quantisation | None = None,
+    calibration: str | None = None,
+    report_text: str | None = None,
+) -> Quality | None:
+    """Makes the packed model `dst` from the checkpoint `src`, in memory below twice its largest tensor plus 200 MB. Weights
+    keep their values and bits unless `quantisation` rounds them.
 
     `layout` says how what feeds the FFN's neurons is stored: `panels` (input by input; thresholds at site M), `neurons`
     (neuron by neuron; sites G and N, exact zeros), or `auto`, which is `neurons` where the activation gives exact zeros.
-    `progress(what, done, total)` is called in bytes. Raises ModelError where the source is missing, damaged or unsupported,
-    UsageError where `dst` exists and `existing` (see `write_packed`) does not allow it, Error where the disk is full or cannot be written; nothing
-    remains in these cases.
+
+    `calibration`, a text, is run through the source first; rounding then favours the columns whose inputs are large.
+    `report_text` is run through source and result afterwards: the answer is what rounding costs there (else None). Both make a
+    temporary copy of the source beside `dst`, and need the memory of running it.
+
+    `progress(what, done, total)` is called in bytes, or in steps of a run. Raises ModelError where the source is missing,
+    damaged or unsupported, UsageError where `dst` exists and `existing` (see `write_packed`) does not allow it or a text is too
+    short, Error where the disk is full or cannot be written; nothing remains in these cases.
     """
+    from ..tokenizer import Tokenizer
+    from . import measure
     from .checkpoint import convert_checkpoint
     from .identity import BackgroundHash, identify
-    from .writer import check_destination
+    from .quantise import Quantisation, Rounding
+    from .staging import StagedDirectory
+    from .writer import add_to_record, check_destination
 
     src, dst = Path(src), Path(dst)
     files = source_files(src)
     identity = identify(files, layout=layout)
     check_destination(dst, existing)
-    with open_checkpoint(src) as checkpoint:
+    if quantisation is None and (calibration is not None or report_text is not None):
+        raise UsageError("a calibration or report text is of use only where weights are rounded; give --bits too")
+    with open_checkpoint(src) as checkpoint, contextlib.ExitStack() as stack:
         full_hash = BackgroundHash(files)
+        stack.callback(full_hash.stop)
 
         def source() -> dict[str, Any]:
             sha256 = full_hash.result()
@@ -99,10 +117,42 @@ def convert(
                 "tool": f"sparse-run {_version()}",
             }
 
-        try:
-            convert_checkpoint(checkpoint, dst, source=source, layout=layout, existing=existing, progress=progress)
-        finally:
-            full_hash.stop()
+        rounding = None if quantisation is None else Rounding(quantisation)
+        chunks = reference = None
+        if rounding is not None and (calibration is not None or report_text is not None):
+            # The copy is for running only: 8 bits are enough to see inputs, a report is about the source itself.
+            reference = stack.enter_context(StagedDirectory(dst)).path / "reference"
+            copy = None if report_text is not None else Rounding(Quantisation(8))
+            convert_checkpoint(
+                checkpoint,
+                reference,
+                source=dict,
+                layout="panels",
+                existing="overwrite",
+                progress=progress,
+                rounding=copy,
+            )
+            tokenizer = Tokenizer.load(reference)
+            if report_text is not None:
+                chunks = measure.chunks_of(
+                    tokenizer, report_text, measure.REPORT_CHUNKS, "the report's text", spread=False
+                )
+            if calibration is not None:
+                measure.calibrate(rounding, checkpoint, reference, tokenizer, calibration, progress)
+        convert_checkpoint(
+            checkpoint,
+            dst,
+            source=source,
+            layout=layout,
+            existing=existing,
+            progress=progress,
+            rounding=rounding,
+        )
+        if chunks is None or reference is None:
+            return None
+        quality = measure.compare_models(reference, dst, chunks, progress)
+        add_to_record(dst, "quality", quality.as_dict())
+        return quality
 
 
 def convert_gguf(src: Path, dst: Path, progress: ProgressCallback | None = None) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..models.common import Architecture, Decoder, Fused
     from .layout import LayoutChoice
+    from .quantise import Rounding
     from .writer import Existing, ProgressCallback, TensorData
 
 
@@ -167,9 +168,10 @@ def convert_checkpoint(
     layout: LayoutChoice,
     existing: Existing,
     progress: ProgressCallback | None,
+    rounding: Rounding | None = None,
 ) -> None:
-    """Makes the packed model. `source()` is called before the rename for source.json; it raises where the source changed
-    meanwhile."""
+    """Makes the packed model, weights as they are unless `rounding` says otherwise. `source()` is called before the rename
+    for source.json; it raises where the source changed meanwhile."""
     from ..models.common import check_config
     from .writer import write_packed
 
@@ -177,13 +179,16 @@ def convert_checkpoint(
     check_config(config, checkpoint.where)
     roles = load_roles(checkpoint)
     _add_rope_factors(checkpoint, config, roles)
+    if rounding is not None:
+        roles = rounding.apply(roles)
+    record = {} if rounding is None else rounding.record()
     config, tensors = assemble(config, roles)
 
     write_packed(
         dst,
         config,
         tensors,
-        source=lambda: {**source(), "tensor_types": checkpoint.tensor_types()},
+        source=lambda: {**source(), "tensor_types": checkpoint.tensor_types(), **record},
         add_files=checkpoint.tokenizer,
         layout=layout,
         existing=existing,

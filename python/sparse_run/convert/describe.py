@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .layout import PAD_PREFIX
+from .layout import PAD_PREFIX, by_neuron
 
 CLASSES = ("embedding", "attention", "ffn", "head", "other")
 _MAX_HEADER = 100 << 20
@@ -48,7 +48,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         config = {**about, **config, "tied_embeddings": "output" not in roles}
         kind = "safetensors" if path.is_dir() else "gguf"
         scaled = checkpoint.decoder.rope_factors is not None or "rope_factors" in roles
-        return {"path": str(path), "format": kind, **_facts(config, scaled), **_sizes(weights)}
+        return {"path": str(path), "format": kind, **_facts(config, scaled), "natural_sparsity": None, **_sizes(weights)}
 
 
 def _describe_packed(path: Path) -> dict[str, Any]:
@@ -70,12 +70,13 @@ def _describe_packed(path: Path) -> dict[str, Any]:
             layouts.add("panels")
     scaled = any(w.role.startswith("rope_factors") for w in weights)
     record = read_source(path)
-    origin = {key: record[key] for key in ("path", "sha256", "date", "tool", "tensor_types") if key in record}
+    origin = {key: record[key] for key in ("path", "sha256", "date", "tool", "tensor_types", "quantised") if key in record}
+    measured = {key: record.get(key) for key in ("natural_sparsity", "quality")}
     try:
         facts = _facts(config, scaled)
     except KeyError as error:
         raise ModelError(f"{path}/config.json lacks {error}; convert the model again") from None
-    return {"path": str(path), "format": "packed", **facts, "layout": ", ".join(sorted(layouts)), **_sizes(weights), "made_from": origin}
+    return {"path": str(path), "format": "packed", **facts, "layout": ", ".join(sorted(layouts)), **measured, **_sizes(weights), "made_from": origin}
 
 
 def _read_json(path: Path, length: int, offset: int = 0) -> dict[str, Any]:
@@ -128,6 +129,9 @@ def _facts(config: dict[str, Any], rope_scaled: bool) -> dict[str, Any]:
         "ffn": config["n_ff"],
         "ffn_kind": "gated" if config["ffn_gated"] else "plain",
         "activation": config["activation"],
+        "activation_threshold": config.get("activation_threshold") or None,
+        "up_relu": bool(config.get("up_relu")),
+        "exact_zeros": by_neuron("auto", config),
         "norm": config["norm"],
         "vocabulary": config["n_vocab"],
         "context": config["n_ctx_train"],
@@ -164,8 +168,10 @@ def _sizes(weights: list[_Weights]) -> dict[str, Any]:
             "kinds": kinds,
         }
 
+    matrices = [w for w in weights if _class_of(w.role) != "other"]
     return {
         "parameters": sum(w.parameters for w in weights),
         "bytes": sum(w.nbytes for w in weights),
+        "bits_per_weight": summary(matrices)["bits_per_weight"],
         "weights": {name: summary(groups[name]) for name in CLASSES if groups[name]},
     }

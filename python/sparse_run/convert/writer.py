@@ -7,9 +7,11 @@ rename.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -36,6 +38,7 @@ TensorData = Union["RowSource", "NDArray[Any]"]
 
 # Rows are decoded in slices of about so many weights, so that the intermediate arrays stay in the caches.
 _SLICE_WEIGHTS = 1 << 19
+_MOST_THREADS = 4  # more would hold more panels in memory
 
 
 def write_packed(
@@ -92,6 +95,18 @@ def check_destination(dst: Path, existing: Existing) -> None:
         raise UsageError(f"{dst} exists already; choose another destination, or replace it with --force")
 
 
+def add_to_record(packed: Path, key: str, value: Any) -> None:
+    """Adds an entry to source.json of a packed model, all or nothing. Raises Error where it cannot be written."""
+    path = packed / SOURCE_FILE
+    part = packed / f".{SOURCE_FILE}.{os.getpid()}"
+    try:
+        _write_json(part, {**json.loads(path.read_text(encoding="utf-8")), key: value})
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise write_error(packed, error) from None
+
+
 def is_packed(path: Path) -> bool:
     """Whether a directory looks like a packed model."""
     return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
@@ -122,51 +137,86 @@ def _write_weights(
 
     _check_space(fd, plan.nbytes)
     at = _write(fd, plan.header)
-    for name, data in tensors.items():
-        spec = specs[name]
-        at += _write(fd, bytes(plan.offsets[name] - at))
-        if isinstance(spec, Plain):
-            values = np.ascontiguousarray(data, dtype="<f4")
-            at += _write(fd, values.reshape(-1).data.cast("B"))
-            continue
-        assert not isinstance(data, np.ndarray)
-        for piece in _neurons(spec, data) if isinstance(spec, Neurons) else _panels(spec, data):
-            at += _write(fd, piece)
-            if progress is not None:
-                progress(what, at, plan.nbytes)
+    with contextlib.closing(_made(specs, tensors)) as made:
+        for name, data in tensors.items():
+            spec = specs[name]
+            at += _write(fd, bytes(plan.offsets[name] - at))
+            if isinstance(spec, Plain):
+                values = np.ascontiguousarray(data, dtype="<f4")
+                at += _write(fd, values.reshape(-1).data.cast("B"))
+                continue
+            end = at + spec.nbytes
+            while at < end:
+                at += _write(fd, next(made))
+                if progress is not None:
+                    progress(what, at, plan.nbytes)
     _write(fd, bytes(plan.nbytes - at))
     if progress is not None:
         progress(what, plan.nbytes, plan.nbytes)
 
 
-def _panels(spec: Linear, source: RowSource) -> Iterator[memoryview]:
-    for begin, end in spec.panels():
-        yield _panel(spec, source, begin, end)
+def _made(
+    specs: Mapping[str, TensorSpec], tensors: Mapping[str, TensorData]
+) -> Generator[memoryview, None, None]:
+    """The bytes of all matrices in the file's order, piece by piece, made by as many threads as there are cores, at most four:
+    reading, rounding and packing leave the interpreter free. A piece a thread and one waiting are in memory."""
+    from collections import deque
+    from concurrent.futures import Future, ThreadPoolExecutor
 
-
-def _neurons(spec: Neurons, source: RowSource) -> Iterator[memoryview]:
-    """The bytes of some hundred records at a time. Rows of the source: 64 of gate, 64 of up, and so on where gated."""
     import numpy as np
 
     from .. import _core
 
+    workers = max(1, min(_MOST_THREADS, _core.default_threads()))
+    waiting: deque[Future[memoryview]] = deque()
+    pool = ThreadPoolExecutor(workers, "sparse-run-pack")
+    try:
+        for name, data in tensors.items():
+            spec = specs[name]
+            if isinstance(spec, Plain):
+                continue
+            assert not isinstance(data, np.ndarray)
+            for piece in _pieces(spec, data):
+                waiting.append(pool.submit(piece))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pieces(spec: Linear | Neurons, source: RowSource) -> list[Callable[[], memoryview]]:
+    """What makes a matrix's bytes, in order: its panels, or some hundred records at a time."""
+    if isinstance(spec, Linear):
+        return [partial(_panel, spec, source, begin, end) for begin, end in spec.panels()]
     each = max(1, _SLICE_WEIGHTS // spec.cols // TILE_ROWS) * TILE_ROWS
-    for first in range(0, spec.neurons, each):
-        neurons = min(each, spec.neurons - first)
-        begin, end = first * spec.rows_each, (first + neurons) * spec.rows_each
-        # Row of each record's gate and up in what is read.
-        order = np.arange(end - begin).reshape(-1, spec.rows_each, TILE_ROWS).transpose(0, 2, 1).reshape(-1)
-        if spec.form.quantised:
-            codes = _read_codes(source, begin, end)
-            mins = None if codes.mins is None else codes.mins[order]
-            packed = _core.pack_neurons(
-                spec.form.kind, codes.codes[order], codes.scales[order], mins, spec.form.group, spec.gated
-            )
-        else:
-            packed = _core.pack_neurons_float(spec.form.kind, floats_of(source.read(begin, end))[order], spec.gated)
-        if packed.nbytes != spec.records_bytes(neurons):
-            raise Error(f"records of {spec} have {packed.nbytes} bytes; this is a bug of sparse-run, please report it")
-        yield packed.reshape(-1).data
+    return [
+        partial(_records, spec, source, first, min(each, spec.neurons - first))
+        for first in range(0, spec.neurons, each)
+    ]
+
+
+def _records(spec: Neurons, source: RowSource, first: int, neurons: int) -> memoryview:
+    """The bytes of some records. Rows of the source: 64 of gate, 64 of up, and so on where gated."""
+    import numpy as np
+
+    from .. import _core
+
+    begin, end = first * spec.rows_each, (first + neurons) * spec.rows_each
+    # Row of each record's gate and up in what is read.
+    order = np.arange(end - begin).reshape(-1, spec.rows_each, TILE_ROWS).transpose(0, 2, 1).reshape(-1)
+    if spec.form.quantised:
+        codes = _read_codes(source, begin, end)
+        mins = None if codes.mins is None else codes.mins[order]
+        packed = _core.pack_neurons(
+            spec.form.kind, codes.codes[order], codes.scales[order], mins, spec.form.group, spec.gated
+        )
+    else:
+        packed = _core.pack_neurons_float(spec.form.kind, floats_of(source.read(begin, end))[order], spec.gated)
+    if packed.nbytes != spec.records_bytes(neurons):
+        raise Error(f"records of {spec} have {packed.nbytes} bytes; this is a bug of sparse-run, please report it")
+    return packed.reshape(-1).data
 
 
 def _panel(spec: Linear, source: RowSource, begin: int, end: int) -> memoryview:
