@@ -179,7 +179,7 @@ def test_damage_is_one_clear_error(name: str, write: Callable[[bytes], Path]) ->
         (gguf_bytes(version=4), "version 4"),
         (gguf_bytes(version=3 << 24), "big-endian"),
         (gguf_bytes([], [tensor("w", [256, 2], 10, 0)], bytes(1000)), "tensor w is of type Q2_K"),
-        (gguf_bytes([], [tensor("w", [256, 2], 20, 0)], bytes(1000)), "IQ4_NL"),
+        (gguf_bytes([], [tensor("w", [256, 2], 22, 0)], bytes(1000)), "IQ2_S"),
     ],
 )
 def test_what_is_sound_but_not_supported_is_named(data: bytes, words: str, write: Callable[[bytes], Path]) -> None:

@@ -230,8 +230,8 @@ TROUBLES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "heads": (lambda d: edit(d / "config.json", num_key_value_heads=3), "cannot share"),
     "quantised": (
-        lambda d: edit(d / "config.json", quantization_config={"quant_method": "gptq"}),
-        "quantised by 'gptq'",
+        lambda d: edit(d / "config.json", quantization_config={"quant_method": "fp8"}),
+        "quantization_config quant_method 'fp8' is not supported",
     ),
     "rope": (
         lambda d: edit(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),

@@ -15,8 +15,8 @@ from sparse_run.convert.layout import Linear, choose_panel_rows, round_up
 from sparse_run.convert.quant_types import TENSOR_TYPES, TensorType
 
 TYPES = {t.name: t for t in TENSOR_TYPES.values()}
-EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
-K_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
+EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"]
+K_TYPES = ["Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 # Where the halves lie in a block.
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 FORMS = [

@@ -140,6 +140,7 @@ CASES = [
     Case("OLMo 2: norms after the branches and over all heads", "Olmo2", base(), "olmo2"),
     Case("OLMo 3: windows, full layers scaled by YaRN", "Olmo3", base(num_hidden_layers=4, sliding_window=20, rope_parameters={FULL: {**YARN, "rope_theta": 500000.0}, SLIDING: {"rope_type": "default", "rope_theta": 500000.0}}), "olmo2"),
     Case("Nemotron: LayerNorm + 1, squared ReLU, half rotated", "Nemotron", base(), "nemotron", norm_offset=1.0),
+    Case("BitNet as floats: norms in front of o and down, gated squared ReLU", "BitNet", base(intermediate_size=192, attention_bias=True)),
     Case("Arcee: squared ReLU, YaRN", "Arcee", base(rope_parameters=YARN), "arcee"),
 ]  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, UnsupportedModelError
 from .checkpoint import Checkpoint, CheckpointTensor
+from .int4 import Placed, packed_matrices
 from .rows import FileRows, file_vector
 from .safetensors_reader import SafetensorsFile, SafetensorsTensor
+from .ternary import ternary_matrices
 
 if TYPE_CHECKING:
-    from ..models.common import Architecture
+    from ..models.common import Architecture, Decoder
 
 INDEX = "model.safetensors.index.json"
+_CARD_BYTES = 1 << 16
 
 
 @contextlib.contextmanager
@@ -27,26 +31,22 @@ def open_hf(directory: Path) -> Iterator[Checkpoint]:
 
     config = read_json(directory / "config.json")
     architecture = _architecture(config, directory)
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise UnsupportedModelError(
-            f"{directory}: weights quantised by {name!r} are not supported; get the original checkpoint or a GGUF file"
-        )
     if architecture.hf_config is None:
         raise UnsupportedModelError(f"{directory}: {architecture.name!r} is supported as a GGUF file only")
     fields = Fields(_decoder_part(config, architecture), str(directory / "config.json"))
     decoder = architecture.hf_config(fields, fields.integer("vocab_size", architecture.hf_vocabulary))
     fields.refuse_unknown(HARMLESS_HF)
     with contextlib.ExitStack() as stack:
-        tensors: dict[str, CheckpointTensor] = {}
+        placed: dict[str, Placed] = {}
         for path in _weight_files(directory):
             file = stack.enter_context(SafetensorsFile(path))
             for tensor in file.tensors.values():
                 name = _renamed(tensor.name, architecture.hf_renames)
-                if name in tensors:
+                if name in placed:
                     raise ModelError(f"{path}: tensor {tensor.name} is in another file too; fetch the directory again")
-                tensors[name] = _tensor(file, tensor)
+                placed[name] = (file, tensor)
+        names = {**architecture.hf_names, **decoder.names}
+        tensors = _tensors(config.get("quantization_config"), placed, decoder, names, str(directory))
         head = architecture.hf_names["output"]
         if decoder.config.get("tied_embeddings"):
             tensors.pop(head, None)  # some files repeat the embedding there
@@ -56,13 +56,57 @@ def open_hf(directory: Path) -> Iterator[Checkpoint]:
             where=str(directory),
             architecture=architecture,
             decoder=decoder,
-            names={**architecture.hf_names, **decoder.names},
+            names=names,
             norm_offset=architecture.hf_norm_offset,
             positions_offset=architecture.hf_positions_offset,
             tensors=tensors,
-            about={"name": directory.resolve().name},
+            about={"name": directory.resolve().name, **_card(directory, config)},
             tokenizer=partial(_export_tokenizer, directory, decoder.config["n_vocab"]),
         )
+
+
+def _card(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Licence and source, as far as the model's card (the head of README.md) and config.json tell."""
+    about = {}
+    origin = config.get("_name_or_path")
+    if isinstance(origin, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", origin):
+        about["source"] = origin
+    try:
+        with open(directory / "README.md", encoding="utf-8", errors="replace") as file:
+            head = file.read(_CARD_BYTES).split("\n---", 1)[0]
+    except OSError:
+        return about
+    if head.startswith("---"):
+        entries = dict(re.findall(r"^(license|license_name):[ \t]*([^\n#]+)$", head, flags=re.MULTILINE))
+        # "other" stands for what license_name names.
+        name = entries.get("license_name") if entries.get("license", "other").strip() == "other" else None
+        licence = (name or entries.get("license", "")).strip().strip("'\"")
+        if licence:
+            about["license"] = licence
+    return about
+
+
+def _tensors(
+    quantisation: Any, placed: Mapping[str, Placed], decoder: Decoder, names: Mapping[str, str], where: str
+) -> dict[str, CheckpointTensor]:
+    """All tensors by name; those that make a quantised matrix together are one."""
+    if not quantisation:
+        return {name: _tensor(*place) for name, place in placed.items()}
+    if not isinstance(quantisation, dict):
+        raise ModelError(f"{where}/config.json: quantization_config is not an object; fetch the directory again")
+    plain = {name: _tensor(*place) for name, place in placed.items()}
+    if quantisation.get("quant_method") == "bitnet":
+        matrices, used = ternary_matrices(quantisation, placed, plain, where)
+    else:
+        matrices, used = packed_matrices(quantisation, placed, where)
+    tensors = {name: tensor for name, tensor in plain.items() if name not in used} | matrices
+    # Older files have a bias of zeros beside every quantised matrix.
+    known = {names[role] for role in (*decoder.required, *decoder.optional) if role in names}
+    for name in matrices:
+        bias = name.removesuffix("weight") + "bias"
+        if bias in tensors and re.sub(r"\.\d+\.", ".{i}.", bias) not in known and not tensors[bias].vector().any():
+            del tensors[bias]
+    return tensors
 
 
 def _decoder_part(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:

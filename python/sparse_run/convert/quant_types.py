@@ -1,7 +1,7 @@
 """Tensor types of GGUF: block sizes and the unpacking of their blocks into codes, scales and minima.
 
 A type is one entry of `TENSOR_TYPES`: its blocks [n, bytes] become codes [n, weights], scales and minima [n, groups]; the
-rest of the converter needs to know nothing else about it. The 4-, 5- and 8-bit types of 32 weights are exact. The K types
+rest of the converter needs to know nothing else about it. The types of 32 weights are exact. The K types and IQ4_XS
 hold a scale as a product `d * s` of a half and a small integer, which is rounded to half here: a relative error of at most
 2^-11 of the scale, also for subnormal `d` (then the product is a multiple of the smallest half).
 """
@@ -165,6 +165,38 @@ def _q6_k(b: U8) -> Unpacked:
     return codes.reshape(n, 256), scales, None
 
 
+# The sixteen values that IQ4 codes stand for, in units of the scale: a non-linear grid, but of integers, so 8-bit codes hold
+# it exactly (at twice the bytes).
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _iq4_codes(blocks: U8) -> U8:
+    """Indices in nibbles [n, 16] to unsigned 8-bit codes [n, 32]."""
+    import numpy as np
+
+    table = (np.array(_IQ4_VALUES, np.int16) + 128).astype(np.uint8)
+    codes: U8 = table[_nibbles(blocks)]
+    return codes
+
+
+def _iq4_nl(b: U8) -> Unpacked:
+    return _iq4_codes(b[:, 2:]), _half(b, 0), None
+
+
+def _iq4_xs(b: U8) -> Unpacked:
+    import numpy as np
+
+    # Eight 6-bit scales less 32: low nibbles in 4 bytes, high pairs of bits in 2.
+    high = b[:, 2:4].astype(np.uint16)
+    high = high[:, :1] | (high[:, 1:] << np.uint16(8))
+    pairs = (high >> np.arange(0, 16, 2, dtype=np.uint16)) & np.uint16(3)
+    low = np.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], axis=2).reshape(-1, 8)
+    scales = (low | (pairs << np.uint16(4)).astype(np.uint8)).astype(np.float32) - np.float32(32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        halves = _round_half(_half(b, 0).astype(np.float32) * scales)
+    return _iq4_codes(b[:, 8:].reshape(-1, 16)).reshape(-1, 256), halves, None
+
+
 TENSOR_TYPES: dict[int, TensorType] = {
     0: TensorType("F32", 1, 4, Form("f32")),
     1: TensorType("F16", 1, 2, Form("f16")),
@@ -176,6 +208,8 @@ TENSOR_TYPES: dict[int, TensorType] = {
     12: TensorType("Q4_K", 256, 144, Form("q4", has_min=True), _q4_k),
     13: TensorType("Q5_K", 256, 176, Form("q5", has_min=True), _q5_k),
     14: TensorType("Q6_K", 256, 210, Form("q6", group=16), _q6_k),
+    20: TensorType("IQ4_NL", 32, 18, Form("q8"), _iq4_nl),
+    23: TensorType("IQ4_XS", 256, 136, Form("q8"), _iq4_xs),
     30: TensorType("BF16", 1, 2, Form("bf16")),
 }
 
@@ -189,10 +223,8 @@ GGML_TYPE_NAMES: dict[int, str] = {
     17: "IQ2_XS",
     18: "IQ3_XXS",
     19: "IQ1_S",
-    20: "IQ4_NL",
     21: "IQ3_S",
     22: "IQ2_S",
-    23: "IQ4_XS",
     24: "I8",
     25: "I16",
     26: "I32",

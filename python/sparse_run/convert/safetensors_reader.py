@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the format itself
 _FLOATS = {t.name: t for t in TENSOR_TYPES.values() if not t.form.quantised}
+_SIZES = {name: t.block_bytes for name, t in _FLOATS.items()} | {"U8": 1, "I8": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,19 @@ class SafetensorsFile:
         """Rows begin..end-1 as stored: uint8 [end - begin, bytes of a row]. A vector is one row."""
         import numpy as np
 
-        row_bytes = tensor.shape[-1] * tensor.float_type(self.path).block_bytes
+        row_bytes = (tensor.shape[-1] if tensor.shape else 1) * tensor.float_type(self.path).block_bytes
         out = np.empty((end - begin, row_bytes), np.uint8)
         read_exactly(self._fd, out.reshape(-1).data, tensor.offset + begin * row_bytes, self.path, tensor.name)
+        return out
+
+    def read_bytes(self, tensor: SafetensorsTensor, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """A tensor of any type as stored, flat; or its rows begin..end-1."""
+        import numpy as np
+
+        row_bytes = tensor.nbytes // max(1, tensor.shape[0]) if tensor.shape else tensor.nbytes
+        size = tensor.nbytes if end is None else (end - begin) * row_bytes
+        out = np.empty(size, np.uint8)
+        read_exactly(self._fd, out.data, tensor.offset + begin * row_bytes, self.path, tensor.name)
         return out
 
     def _fail(self, problem: str) -> ModelError:
@@ -122,6 +133,6 @@ class SafetensorsFile:
             raise self._fail(f"tensor {name} has an impossible type, shape or place")
         if not begin <= end <= self._size - data:
             raise self._fail(f"tensor {name} lies outside the file")
-        if dtype in _FLOATS and prod(shape) * _FLOATS[dtype].block_bytes != end - begin:
+        if dtype in _SIZES and prod(shape) * _SIZES[dtype] != end - begin:
             raise self._fail(f"tensor {name} has a shape that does not fit its size")
         return SafetensorsTensor(name, tuple(shape), dtype, data + begin, end - begin)
