@@ -24,7 +24,8 @@ constexpr size_t kUnknownProcess = size_t(96) << 20;  // where the system does n
 
 std::string megabytes(size_t bytes) {
   char text[40];
-  std::snprintf(text, sizeof text, "%.1f MB", double(bytes) / 1e6);
+  if (bytes >= size_t(10000000000)) std::snprintf(text, sizeof text, "%.1f GB", double(bytes) / 1e9);
+  else std::snprintf(text, sizeof text, "%.1f MB", double(bytes) / 1e6);
   return text;
 }
 
@@ -83,6 +84,11 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
   m.reads = reads.reads;
   m.read_seconds = reads.busy_seconds;
   m.queue_depth = reads.depth_seconds;  // here the sum, not the mean
+  const StreamStats stream = flash.stream_stats();
+  m.passes = stream.passes;
+  m.hits = stream.ready;
+  m.misses = stream.waited;
+  m.wait_seconds = stream.wait_seconds;
   context_room = int64_t(m.contexts);
 }
 
@@ -92,14 +98,14 @@ MemoryStats Model::Impl::memory() const {
   if (!flash) return m;
   const ReadStats reads = flash->read_stats();
   const StreamStats stream = flash->stream_stats();
-  m.passes = stream.passes;
+  m.passes = stream.passes - planned.passes;
   m.read_bytes = reads.bytes - planned.read_bytes;
   m.reads = reads.reads - planned.reads;
   m.read_seconds = reads.busy_seconds - planned.read_seconds;
   m.queue_depth = m.read_seconds > 0 ? (reads.depth_seconds - planned.queue_depth) / m.read_seconds : 0;
-  m.hits = stream.ready;
-  m.misses = stream.waited;
-  m.wait_seconds = stream.wait_seconds;
+  m.hits = stream.ready - planned.hits;
+  m.misses = stream.waited - planned.misses;
+  m.wait_seconds = stream.wait_seconds - planned.wait_seconds;
   return m;
 }
 

@@ -18,6 +18,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr auto kPollInterval = std::chrono::milliseconds(20);
 constexpr size_t kHugePage = size_t(2) << 20;
+constexpr double kRateSeconds = 0.3;
 
 struct Range {
   size_t begin, end;  // of the file
@@ -302,9 +303,26 @@ FlashWeights::FlashWeights(const PackedModel& model, DecoderWeights* w, const Re
 
   if (units.empty()) return;
   stream_ = std::make_unique<WeightStream>(queue_, units, plan.ring_bytes, threads);
+  if (load_rate_ == 0) measure_rate(int(units.size()), threads, progress);
   for (const Streamed& s : streamed) {
     *s.data = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(stream_->address(s.unit)) - s.before);
   }
+}
+
+// The disk's rate where too little was read to tell: some of the units, as a pass reads them.
+void FlashWeights::measure_rate(int units, int threads, const LoadProgress& progress) {
+  const std::function<bool()> stop = [&] { return progress && progress(0, 0); };
+  const Clock::time_point t0 = Clock::now();
+  const auto seconds = [&] { return std::chrono::duration<double>(Clock::now() - t0).count(); };
+  stream_->begin_pass();
+  for (int u = 0; u < units && seconds() < kRateSeconds; u++) {
+    stream_->await(u, &stop);
+    for (int t = 0; t < threads; t++) stream_->done(u);
+  }
+  const size_t bytes = size_t(stream_->stats().bytes);
+  const std::string error = stream_->end_pass();
+  if (!error.empty()) throw Error(ErrorCode::runtime, error);
+  load_rate_ = double(bytes) / seconds();
 }
 
 void FlashWeights::begin_pass() {

@@ -50,6 +50,7 @@ class FlashWeights {
   ReadStats read_stats() const { return queue_->stats(); }
 
  private:
+  void measure_rate(int units, int threads, const LoadProgress& progress);
   std::string read(uint64_t offset, size_t bytes, uint8_t* to, const std::function<bool()>& should_stop);
 
   std::shared_ptr<ReadQueue> queue_;

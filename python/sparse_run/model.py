@@ -54,24 +54,43 @@ class Model:
         threads: int | None = None,
         ctx_size: int | None = None,
         chat_template: str | None = None,
+        memory_budget: str | int | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Opens a packed model directory; `Model.load` also takes GGUF files and names."""
         from . import _core
+        from .memory import parse_size
 
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more")
         if ctx_size is not None and ctx_size < 1:
             raise UsageError(f"ctx_size is {ctx_size}; it must be 1 or more")
+        budget = 0 if memory_budget is None else parse_size(memory_budget)
         self.path = Path(path)
-        self._core: _core.Model | None = _core.Model(os.fspath(path), threads or 0)
+        self._tokenizer: Tokenizer | None = None
+        if budget:
+            # Before the weights take what is left: all that generating needs counts.
+            import jinja2  # noqa: F401
+            import numpy  # noqa: F401
+
+            from .tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer.load(self.path)
+        self._core: _core.Model | None = _core.Model(
+            os.fspath(path),
+            threads or 0,
+            memory_budget=budget,
+            n_ctx=(ctx_size or 0) if budget else 0,
+            progress=None if progress is None else lambda done, total: progress("loading", done, total),
+        )
         self.config: dict[str, Any] = json.loads(self._core.config_json)
         self.n_ctx_train = int(self.config["n_ctx_train"])
-        self.ctx_size = ctx_size or min(self.n_ctx_train, DEFAULT_CTX_SIZE)
+        usual = self._core.memory()["n_ctx"] if budget else min(self.n_ctx_train, DEFAULT_CTX_SIZE)
+        self.ctx_size = ctx_size or usual
         if self.ctx_size > self.n_ctx_train:
             log.warning("context of %d tokens: the model was trained for %d", self.ctx_size, self.n_ctx_train)
         self._chat_template = chat_template
         self._lock = threading.RLock()
-        self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._idle: Session | None = None
         self._sparsity: tuple[SparsityFile, Skipping] | None = None
@@ -85,6 +104,7 @@ class Model:
         threads: int | None = None,
         ctx_size: int | None = None,
         chat_template: str | None = None,
+        memory_budget: str | int | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Opens a packed directory, a GGUF file (converted into the cache on first use) or a known name; None is the default
@@ -93,13 +113,23 @@ class Model:
         threads: computing threads; None is the physical cores this process may use. ctx_size: context window in tokens;
         None is the model's own, at most 4096. chat_template: Jinja text, or "chatml", "gemma", "llama3", "phi3", "plain", instead of
         the checkpoint's.
-        progress: called with (what, done, total) in bytes while a conversion or a download runs.
+        memory_budget: the most memory that this whole process may take, such as "700M"; weights that do not fit are read from
+        the file for every token, with the same results. The context is then what an eighth of it holds, unless ctx_size says.
+        progress: called with (what, done, total) in bytes while a conversion or a download runs, or weights are read.
 
-        Raises ModelError where the model is missing, damaged or of an unsupported kind; UsageError for impossible options.
+        Raises ModelError where the model is missing, damaged or of an unsupported kind; UsageError for impossible options;
+        BudgetError, which names the floor, where the budget is too small.
         """
         from .registry import resolve
 
-        return cls(resolve(model, progress=progress), threads=threads, ctx_size=ctx_size, chat_template=chat_template)
+        return cls(
+            resolve(model, progress=progress),
+            threads=threads,
+            ctx_size=ctx_size,
+            chat_template=chat_template,
+            memory_budget=memory_budget,
+            progress=progress,
+        )
 
     @property
     def name(self) -> str:
@@ -130,6 +160,16 @@ class Model:
     def bytes_per_token(self) -> int:
         """Weight bytes that one decoded token reads."""
         return self._opened().bytes_per_token
+
+    def stats(self) -> dict[str, Any]:
+        """What the weights take and what reading them has cost: {"weight_bytes", "bytes_per_token", and under a memory budget
+        "memory": the core's `memory()` with hit rate, expected speed, and bytes and seconds a pass (see `sparse_run.memory`)}."""
+        from .memory import summary
+
+        core = self._opened()
+        memory = core.memory()
+        stats: dict[str, Any] = {"weight_bytes": core.weight_bytes, "bytes_per_token": core.bytes_per_token}
+        return {**stats, "memory": summary(memory)} if memory["budget_bytes"] else stats
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -345,7 +385,15 @@ def load(
     threads: int | None = None,
     ctx_size: int | None = None,
     chat_template: str | None = None,
+    memory_budget: str | int | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Short for `Model.load`."""
-    return Model.load(model, threads=threads, ctx_size=ctx_size, chat_template=chat_template, progress=progress)
+    return Model.load(
+        model,
+        threads=threads,
+        ctx_size=ctx_size,
+        chat_template=chat_template,
+        memory_budget=memory_budget,
+        progress=progress,
+    )

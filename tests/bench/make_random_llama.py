@@ -35,6 +35,18 @@ SHAPES = {
         n_ctx=131072,
         rope_theta=500000.0,
     ),
+    # Layers and width of 1b, but more of them: 1.1 GB as q4_1, which llama.cpp maps as it lies (q4_0 it repacks into memory).
+    "1.8b": LlamaShape(
+        n_layers=25,
+        n_embd=2048,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=64,
+        n_ff=8192,
+        n_vocab=128256,
+        n_ctx=131072,
+        rope_theta=500000.0,
+    ),
     "3b": LlamaShape(
         n_layers=28,
         n_embd=3072,

@@ -51,6 +51,8 @@ class BenchResult:
     load_seconds: float
     token_hash: str
     """Of 32 greedy tokens: changes only when the computation does."""
+    memory: dict[str, Any] | None = None
+    """Under a memory budget: what it was divided into, and what reading weights cost while decoding."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +65,7 @@ def bench(
     prompt: int = 256,
     gen: int = 64,
     reps: int = 5,
+    memory_budget: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BenchResult:
     """Measures a packed model.
@@ -71,6 +74,7 @@ def bench(
         path: packed model directory.
         threads: computing threads; None takes the default of this machine.
         prompt: tokens of the prompt. gen: tokens decoded in a repetition. reps: repetitions of both.
+        memory_budget: bytes that this process may take; weights that do not fit are read for each token.
         progress: called as progress(what, done, total) between measurements.
 
     Raises:
@@ -100,13 +104,16 @@ def bench(
     reset_peak_rss()
     faults = major_faults()
     start = time.perf_counter()
-    model = _core.Model(str(path), threads or 0)
+    n_ctx = prompt + gen * reps + 64
+    # A budget covers what a conversation needs besides weights; none of it is used here.
+    tokenizer = _tokenizer(path) if memory_budget else None
+    model = _core.Model(str(path), threads or 0, memory_budget=memory_budget or 0, n_ctx=n_ctx if memory_budget else 0)
     try:
         load_seconds = time.perf_counter() - start
         config = json.loads(model.config_json)
         ids = random_tokens(prompt, int(config["n_vocab"]))
         warm = ids[:WARM_UP]
-        session = _core.Session(model, prompt + gen * reps + 64)
+        session = _core.Session(model, n_ctx)
         session.eval(warm)
 
         prompt_rates, decode_rates = [], []
@@ -119,12 +126,14 @@ def bench(
         session.truncate(0)
         session.eval(warm)
         single = [ids[i % prompt : i % prompt + 1] for i in range(gen)]
+        before = model.memory()
         for _ in range(reps):
             tick("decode")
             start = time.perf_counter()
             for one in single:
                 session.eval(one)
             decode_rates.append(gen / (time.perf_counter() - start))
+        memory = decoding_memory(before, model.memory()) if memory_budget else None
         peak, faults, kv_bytes = peak_rss_bytes(), major_faults() - faults, session.kv_bytes
 
         if not np.isfinite(session.logits()).all():
@@ -134,13 +143,19 @@ def bench(
         tick("token hash")
         token_hash = greedy_hash(session, warm)
         tick("memory read rate")
-        stream = statistics.median(_core.stream_gb_per_s(model.threads))
+        # Within the budget, too: a buffer larger than the caches is enough.
+        megabytes = max(16, min(512, (memory_budget or 2**34) // 8_000_000))
+        used_threads, isa, weight_bytes, token_bytes = model.threads, model.isa, model.weight_bytes, model.bytes_per_token
+        if memory_budget:
+            del session, tokenizer
+            model.close()
+        stream = statistics.median(_core.stream_gb_per_s(used_threads, megabytes))
         tick("done")
         decode_median = statistics.median(decode_rates)
         return BenchResult(
             model=str(config.get("name") or Path(path).name),
-            threads=model.threads,
-            isa=model.isa,
+            threads=used_threads,
+            isa=isa,
             prompt=prompt,
             gen=gen,
             reps=reps,
@@ -148,18 +163,35 @@ def bench(
             decode_tokens_per_s=decode_rates,
             prompt_median=statistics.median(prompt_rates),
             decode_median=decode_median,
-            bytes_per_token=model.bytes_per_token,
-            gb_per_s=model.bytes_per_token * decode_median / 1e9,
+            bytes_per_token=token_bytes,
+            gb_per_s=token_bytes * decode_median / 1e9,
             stream_gb_per_s=stream,
-            weight_bytes=model.weight_bytes,
+            weight_bytes=weight_bytes,
             kv_bytes=kv_bytes,
             peak_rss_bytes=peak,
             major_faults=faults,
             load_seconds=load_seconds,
             token_hash=token_hash,
+            memory=memory,
         )
     finally:
         model.close()
+
+
+def decoding_memory(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a budget (`sparse_run.memory`), its counters those between two looks at it."""
+    from ..memory import summary
+
+    counters = ("passes", "read_bytes", "reads", "hits", "misses", "read_seconds", "wait_seconds")
+    return summary({**after, **{key: after[key] - before[key] for key in counters}})
+
+
+def _tokenizer(path: str | Path) -> object:
+    import jinja2  # noqa: F401
+
+    from ..tokenizer import Tokenizer
+
+    return Tokenizer.load(Path(path))
 
 
 def random_tokens(count: int, n_vocab: int) -> Any:

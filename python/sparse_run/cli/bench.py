@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..memory import parse_size, start_text, stats_text
 from .common import (
     Progress,
     Work,
+    budget_option,
     json_option,
     model_option,
     print_json,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 @model_option
 @threads_option
 @sparsity_option
+@budget_option
 @click.option("--prompt", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of the prompt.")
 @click.option("--gen", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded a repetition.")
 @click.option("--reps", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions of each.")
@@ -44,6 +47,7 @@ def command(
     model: str | None,
     threads: int | None,
     sparsity: str | None,
+    memory_budget: str | None,
     prompt: int,
     gen: int,
     reps: int,
@@ -81,10 +85,16 @@ def command(
             raise click.UsageError(f"--sparsity has no meaning with --{'gather' if gather else 'breakeven'}")
         _machine(gather, model, threads, reps, as_json, quiet)
         return
+    budget = None if memory_budget is None else parse_size(memory_budget)
+    if budget and sparsity not in (None, "off"):
+        raise click.UsageError("--memory-budget and --sparsity are measured one at a time; leave one out")
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
     compared = None if sparsity in (None, "off") else _sparse(path, threads, str(sparsity), gen, reps, quiet)
-    result = bench(path, threads=threads, prompt=prompt, gen=gen, reps=reps)
+    with Work(quiet=quiet or budget is None) as work:
+        result = bench(
+            path, threads=threads, prompt=prompt, gen=gen, reps=reps, memory_budget=budget, progress=work if budget else None
+        )
     if as_json:
         print_json({**result.as_dict(), **(compared.as_dict() if compared is not None else {})})
     else:
@@ -186,4 +196,6 @@ def table(r: BenchResult) -> str:
         ("peak", f"{r.peak_rss_bytes / 1e6:9.1f} MB      resident; loaded in {r.load_seconds * 1e3:.0f} ms"),
         ("tokens", f"{r.token_hash}    hash of 32 greedy tokens"),
     ]
+    if r.memory is not None:
+        rows += [("budget", start_text(r.memory)), ("disk", stats_text(r.memory))]
     return "\n".join(f"{name:<9}{text.rstrip(', ')}" for name, text in rows)

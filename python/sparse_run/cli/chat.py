@@ -9,12 +9,14 @@ import click
 from ..errors import UsageError
 from ..sampling import Sampling
 from .common import (
+    budget_option,
     ctx_option,
     load_model,
     model_option,
     read_text,
     sampling_options,
     sparsity_option,
+    stats_option,
     threads_option,
     verbosity_options,
 )
@@ -41,6 +43,8 @@ from .common import (
 )
 @sampling_options
 @sparsity_option
+@budget_option
+@stats_option
 @threads_option
 @ctx_option
 @verbosity_options
@@ -54,6 +58,8 @@ def command(
     max_tokens: int,
     sampling: Sampling,
     sparsity: str | None,
+    memory_budget: str | None,
+    stats: bool,
     threads: int | None,
     ctx_size: int | None,
     quiet: bool,
@@ -90,12 +96,18 @@ def command(
     interactive = sys.stdin is not None and sys.stdin.isatty() and file != "-"
     with (
         load_model(
-            model, threads=threads, ctx_size=ctx_size, quiet=quiet, chat_template=chat_template, sparsity=sparsity
+            model,
+            threads=threads,
+            ctx_size=ctx_size,
+            quiet=quiet,
+            chat_template=chat_template,
+            sparsity=sparsity,
+            memory_budget=memory_budget,
         ) as opened,
         opened.session() as session,
     ):
         conversation = Conversation(opened, session, sampling, max_tokens=max_tokens, system=system_prompt)
-        loop = ChatLoop(conversation, interactive=interactive, quiet=quiet, verbose=verbose > 0)
+        loop = ChatLoop(conversation, interactive=interactive, quiet=quiet, verbose=stats or verbose > 0)
         if interactive:
             code = loop.talk(opening)
         elif first:

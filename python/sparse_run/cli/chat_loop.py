@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..chat_state import Conversation
 from ..errors import Error
-from .common import colour, timings_line
+from ..memory import stats_text
+from .common import Waiting, colour, timings_line
 
 if TYPE_CHECKING:
     from ..generation import Generation
@@ -27,7 +28,7 @@ HELP = """\
 /retry               answer the last message again
 /save FILE           write the conversation to a file
 /load FILE           go on with a saved conversation
-/stats               speed of the last answer
+/stats               speed of the last answer; what reading weights cost
 /exit, /bye, /quit   leave
 
 \"\"\" begins and ends a message of several lines; a \\ at the end of a line goes on in the next one.
@@ -151,9 +152,9 @@ class ChatLoop:
         if self._stopped:
             generation.cancel()
         try:
-            for piece in generation:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            with Waiting(conversation.model, quiet=self._quiet) as waiting:
+                for piece in generation:
+                    waiting.write(piece)
         finally:
             self._running = None
             generation.close()
@@ -169,6 +170,9 @@ class ChatLoop:
             )
         if self._verbose:
             self._note(timings_line(generation))
+            memory = conversation.model.stats().get("memory")
+            if memory:
+                self._note(stats_text(memory))
 
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
@@ -254,7 +258,10 @@ class ChatLoop:
         self._note(f"loaded {len(self._conversation.turns)} messages from {path}")
 
     def _stats(self, _rest: str) -> None:
+        memory = self._conversation.model.stats().get("memory")
         self._say("no answer yet" if self._last is None else timings_line(self._last))
+        if memory:
+            self._say(stats_text(memory))
 
     def _leave(self, _rest: str) -> None:
         raise Leave

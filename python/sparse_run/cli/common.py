@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from ..errors import UsageError
+from ..errors import Error, UsageError
 from ..sampling import Sampling
 
 if TYPE_CHECKING:
@@ -83,6 +84,21 @@ def sparsity_option(function: F) -> F:
         metavar="CHOICE",
         help="Skip weights while decoding: a sparsity file's name or path, a level 0..1, auto, or off.  [default: off]",
     )(function)
+
+
+def budget_option(function: F) -> F:
+    """Gives the command `memory_budget: str | None`."""
+    return click.option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Most memory this whole process takes, such as 700M or 2G: weights that do not fit are read from disk for each "
+        "token, with the same results.  [default: no limit]",
+    )(function)
+
+
+def stats_option(function: F) -> F:
+    """Gives the command `stats: bool`."""
+    return click.option("--stats", is_flag=True, help="Say on stderr what each answer cost.")(function)
 
 
 def verbosity_options(function: F) -> F:
@@ -287,18 +303,119 @@ def load_model(
     quiet: bool = False,
     chat_template: str | None = None,
     sparsity: str | None = None,
+    memory_budget: str | None = None,
 ) -> Model:
-    """Finds the model (converting or downloading it where that is needed, with a bar) and opens it."""
+    """Finds the model (converting or downloading it where that is needed, with a bar) and opens it. Under a memory budget it
+    says on stderr what will happen."""
+    from ..memory import parse_size
     from ..model import Model
 
+    if memory_budget is not None:
+        parse_size(memory_budget)  # before anything is downloaded or converted
     with Progress(quiet=quiet) as progress:
-        opened = Model.load(model, threads=threads, ctx_size=ctx_size, chat_template=chat_template, progress=progress)
+        opened = Model.load(
+            model,
+            threads=threads,
+            ctx_size=ctx_size,
+            chat_template=chat_template,
+            memory_budget=memory_budget,
+            progress=progress,
+        )
     try:
+        if memory_budget is not None and not quiet:
+            say_budget(opened.stats()["memory"])
         apply_sparsity(opened, sparsity, quiet=quiet)
     except BaseException:
         opened.close()
         raise
     return opened
+
+
+def say_budget(memory: Mapping[str, Any]) -> None:
+    """What will happen under a memory budget, on stderr."""
+    from ..memory import start_text
+
+    click.echo(start_text(memory), err=True)
+
+
+class Waiting:
+    """Says on stderr how far a slow disk is, where nothing has been written for two seconds; on a terminal the text stands
+    behind the answer until that goes on. Only for models that read weights while they generate.
+
+    >>> with Waiting(model, quiet=False) as waiting:  # doctest: +SKIP
+    ...     for piece in generation:
+    ...         waiting.write(piece)
+    """
+
+    PATIENCE = 2.0
+    _AGAIN = 1.0  # seconds after which the text on a terminal is renewed; elsewhere PATIENCE
+
+    def __init__(self, model: Model, *, quiet: bool, stream: TextIO | None = None) -> None:
+        memory = model.stats().get("memory", {})
+        self._model, self._stream = model, sys.stderr if stream is None else stream
+        self._active = not quiet and bool(memory.get("streamed_bytes"))
+        self._terminal = self._active and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._drawn = False
+        self._thread: threading.Thread | None = None
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since = self._said = time.monotonic()
+        self._read = self._model.stats()["memory"]["read_bytes"] if self._active else 0
+
+    def write(self, piece: str) -> None:
+        """Writes a piece of the answer to stdout."""
+        with self._lock:
+            self._clear()
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            self._restart()
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._put("\x1b[K")
+            self._drawn = False
+
+    def _put(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._active = False
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.2):
+            with self._lock:
+                now = time.monotonic()
+                again = self._AGAIN if self._terminal and self._drawn else self.PATIENCE
+                if not self._active or self._ended.is_set() or now - self._said < again:
+                    continue
+                self._said = now
+                try:
+                    memory = self._model.stats()["memory"]
+                except Error:  # the model was closed
+                    return
+                read = memory["read_bytes"] - self._read
+                seconds = now - self._since
+                text = f"[waiting for the disk: {_size(read)} in {seconds:.0f} s, a token takes {_size(memory['streamed_bytes'])}]"
+                self._put(f"\x1b7 {text}\x1b[K\x1b8" if self._terminal else text + "\n")
+                self._drawn = self._terminal
+
+    def __enter__(self) -> Self:
+        self._restart()
+        if self._active:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            self._clear()
 
 
 def read_text(path: str) -> str:

@@ -6,13 +6,16 @@ import click
 
 from ..errors import UsageError
 from ..eval.choice import TASKS
+from ..memory import parse_size
 from .common import (
     Progress,
     Work,
+    budget_option,
     json_option,
     model_option,
     print_json,
     read_text,
+    say_budget,
     sparsity_option,
     threads_option,
     verbosity_options,
@@ -25,6 +28,7 @@ _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on averag
 @model_option
 @threads_option
 @sparsity_option
+@budget_option
 @click.option("--text", "text_file", metavar="FILE", help="The text, UTF-8; - is standard input.")
 @click.option("--task", type=click.Choice(TASKS), help="Answer multiple-choice questions instead of scoring a text.")
 @click.option("--data", metavar="FILE", help="The task's questions, JSON lines (hellaswag: also its text form).")
@@ -39,6 +43,7 @@ def command(
     model: str | None,
     threads: int | None,
     sparsity: str | None,
+    memory_budget: str | None,
     text_file: str | None,
     task: str | None,
     data: str | None,
@@ -66,6 +71,7 @@ def command(
 
     from .. import _core, registry
     from ..eval import SparseResult, compare, perplexity
+    from ..eval.perplexity import LOGIT_BYTES, LOGIT_COPIES
     from ..packed_header import read_header
     from ..skipping import bind
     from ..sparsity import choose
@@ -73,6 +79,9 @@ def command(
 
     if (task is None) == (text_file is None):
         raise click.UsageError("give --text FILE to measure perplexity, or --task NAME with --data FILE")
+    budget = 0 if memory_budget is None else parse_size(memory_budget)
+    if budget and (task is not None or sparsity not in (None, "off")):
+        raise click.UsageError("--memory-budget goes with --text and no --sparsity: what they hold is not counted in it")
     if task is not None:
         _task(model, threads, sparsity, task, data, limit, as_json=as_json, quiet=quiet)
         return
@@ -85,8 +94,18 @@ def command(
         if chunks:
             text = text[: ctx * chunks * _CHARACTERS_PER_TOKEN]
         ids = tokenizer.encode(text, parse_special=False)
-        core = _core.Model(str(path), threads or 0)
+        held = min(LOGIT_BYTES, budget // 64) if budget else LOGIT_BYTES
+        core = _core.Model(
+            str(path),
+            threads or 0,
+            memory_budget=budget,
+            n_ctx=ctx if budget else 0,
+            extra_bytes=held * LOGIT_COPIES if budget else 0,
+            progress=lambda done, total: progress("loading", done, total),
+        )
         try:
+            if budget and not quiet:
+                say_budget(core.memory())
             config = json.loads(core.config_json)
             file = skipping = None
             if sparsity is not None and sparsity != "off":
@@ -98,7 +117,7 @@ def command(
             options = {"n_vocab": config["n_vocab"], "ctx": ctx, "chunks": chunks or None, "bos": bos}
             try:
                 result = (
-                    perplexity(core, ids, **options, progress=progress)
+                    perplexity(core, ids, **options, logit_bytes=held, progress=progress)
                     if skipping is None
                     else compare(core, ids, skipping, **options, progress=progress)
                 )

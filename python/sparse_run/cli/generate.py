@@ -7,8 +7,11 @@ import sys
 import click
 
 from ..errors import UsageError
+from ..memory import stats_text
 from ..sampling import Sampling
 from .common import (
+    Waiting,
+    budget_option,
     ctx_option,
     json_option,
     load_model,
@@ -17,6 +20,7 @@ from .common import (
     read_text,
     sampling_options,
     sparsity_option,
+    stats_option,
     threads_option,
     timings_line,
     verbosity_options,
@@ -47,6 +51,8 @@ from .common import (
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end tokens.")
 @sampling_options
 @sparsity_option
+@budget_option
+@stats_option
 @threads_option
 @ctx_option
 @json_option
@@ -62,6 +68,8 @@ def command(
     ignore_eos: bool,
     sampling: Sampling,
     sparsity: str | None,
+    memory_budget: str | None,
+    stats: bool,
     threads: int | None,
     ctx_size: int | None,
     as_json: bool,
@@ -76,7 +84,7 @@ def command(
     git diff | sparse-run generate --chat -sys "Write a commit message."
 
     --json prints {"schema": 1, "text", "tokens" (ids), "finish_reason" ("stop", "length"), "prompt_tokens" (count),
-    "timings"}.
+    "timings"}, and with --memory-budget "memory".
     """
     if prompt is not None and file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not with both")
@@ -88,7 +96,9 @@ def command(
     if chat and not text.strip():
         raise UsageError("the prompt is empty")
     with (
-        load_model(model, threads=threads, ctx_size=ctx_size, quiet=quiet, sparsity=sparsity) as opened,
+        load_model(
+            model, threads=threads, ctx_size=ctx_size, quiet=quiet, sparsity=sparsity, memory_budget=memory_budget
+        ) as opened,
         opened.session() as session,
     ):
         limit = None if max_tokens < 0 else max_tokens
@@ -109,8 +119,11 @@ def command(
             ignore_eos=ignore_eos,
             strip_space=chat and opened.tokenizer.add_space_prefix,
         )
+        with Waiting(opened, quiet=quiet) as waiting:
+            for piece in generation:
+                waiting.write("" if as_json else piece)
+        measured = opened.stats()
         if as_json:
-            generation.read()
             print_json(
                 {
                     "text": generation.text,
@@ -118,14 +131,13 @@ def command(
                     "finish_reason": generation.finish_reason,
                     "prompt_tokens": len(generation.prompt_tokens),
                     "timings": generation.timings.to_dict(),
+                    **({"memory": measured["memory"]} if "memory" in measured else {}),
                 }
             )
-        else:
-            for piece in generation:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            if not generation.text.endswith("\n"):
-                sys.stdout.write("\n")
-                sys.stdout.flush()
-        if verbose and not quiet:
+        elif not generation.text.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        if (stats or verbose) and not quiet:
             click.echo(timings_line(generation), err=True)
+            if "memory" in measured:
+                click.echo(stats_text(measured["memory"]), err=True)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .. import _core
 
 # Logits held at a time: enough rows for the matrix-matrix kernels, bounded for vocabularies of a quarter million.
-_LOGIT_BYTES = 64 * 1024 * 1024
+LOGIT_BYTES = 64 * 1024 * 1024
+LOGIT_COPIES = 4  # the logits and what is made of them on the way to their likelihoods
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def perplexity(
     ctx: int = 512,
     chunks: int | None = None,
     bos: int | None = None,
+    logit_bytes: int = LOGIT_BYTES,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PerplexityResult:
     """Scores a text.
@@ -54,6 +56,7 @@ def perplexity(
         n_vocab: width of the logits.
         ctx: tokens of a chunk. chunks: how many at most; None scores all whole chunks.
         bos: id put in place of each chunk's first token; None leaves chunks as they are.
+        logit_bytes: of logits held at a time; LOGIT_COPIES times this is allocated.
         progress: called as progress(what, done, total), counted in chunks.
 
     Raises:
@@ -64,7 +67,7 @@ def perplexity(
     ids = cut_chunks(tokens, ctx=ctx, chunks=chunks, bos=bos)
     count = len(ids)
     first = ctx // 2
-    rows = rows_at_a_time(n_vocab)
+    rows = rows_at_a_time(n_vocab, logit_bytes)
     session = _core.Session(model, ctx)
     nll, scored = 0.0, 0
     start = time.perf_counter()
@@ -116,9 +119,9 @@ def cut_chunks(tokens: Sequence[int], *, ctx: int, chunks: int | None, bos: int 
     return ids
 
 
-def rows_at_a_time(n_vocab: int) -> int:
+def rows_at_a_time(n_vocab: int, logit_bytes: int = LOGIT_BYTES) -> int:
     """How many rows of logits are computed together."""
-    return max(1, min(256, _LOGIT_BYTES // (4 * n_vocab)))
+    return max(1, min(256, logit_bytes // (4 * n_vocab)))
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
