@@ -16,10 +16,11 @@ namespace {
 // Calls progress with the GIL, at most every 50 ms; its exception, or that of a signal handler, stops the loading and is
 // raised.
 std::unique_ptr<PyModel> open_model(const std::string& path, int threads, std::optional<bool> mmap, size_t budget,
-                                    int n_ctx, size_t extra_bytes, const py::object& progress) {
+                                    int n_ctx, size_t extra_bytes, const py::object& progress, const std::string& device) {
   ModelOptions options;
   options.path = path;
   options.threads = threads;
+  options.device = device;
   if (mmap) options.memory = *mmap ? WeightMemory::mapped : WeightMemory::copied;
   options.memory_budget = budget;
   options.n_ctx = n_ctx;
@@ -83,12 +84,14 @@ void bind_model(py::module_& m) {
   py::class_<PyModel>(m, "Model", "A mapped packed model, shared by sessions; owns the thread pool.")
       .def(py::init(&open_model), py::arg("path"), py::arg("threads") = 0, py::arg("mmap") = py::none(),
            py::arg("memory_budget") = 0, py::arg("n_ctx") = 0, py::arg("extra_bytes") = 0,
-           py::arg("progress") = py::none())
+           py::arg("progress") = py::none(), py::arg("device") = "cpu")
       .def("memory", &memory_dict)
       .def_property_readonly("mapped", [](const PyModel& self) { return !self.get().copied(); },
                              "Whether the weights are mapped from the file, not copied into memory.")
       .def_property_readonly("config_json", [](const PyModel& self) { return self.get().config_json(); })
       .def_property_readonly("threads", [](const PyModel& self) { return self.get().threads(); })
+      .def_property_readonly("device", [](const PyModel& self) { return self.get().device(); },
+                             "\"cpu\", or the name of the GPU that runs the model.")
       .def_property_readonly("isa", [](const PyModel& self) { return self.get().isa(); })
       .def_property_readonly("weight_bytes", [](const PyModel& self) { return self.get().weight_bytes(); },
                              "Bytes of all tensors.")

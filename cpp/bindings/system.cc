@@ -62,6 +62,7 @@ void set_python_log_sink(const py::object& sink, int level) {
 void bind_system(py::module_& m) {
   m.def("isa_list", &isa_list, "Instruction sets of this build, best first.");
   m.def("cpu_info", &cpu_info_dict, "Brand, features and core counts of this processor.");
+  m.def("gpu_problem", &gpu_problem, "Why no GPU can be used, in one line; \"\" where one can.");
   m.def("default_threads", &default_threads, "Physical cores allowed by the affinity mask and the cgroup quota.");
   m.def("stream_gb_per_s", &stream_gb_per_s, py::arg("threads"), py::arg("megabytes") = 512, py::arg("repetitions") = 5,
         py::call_guard<py::gil_scoped_release>(), "Read rate of this machine's memory, GB/s, one value a repetition.");

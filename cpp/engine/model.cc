@@ -27,11 +27,36 @@ bool fits_memory(size_t bytes) { return bytes < available_memory() / 2; }
 
 bool wants_copy(const ModelOptions& options) {
   if (options.memory != WeightMemory::automatic) return options.memory == WeightMemory::copied;
+  if (options.device != "cpu") return false;  // read once, on the way to the device
   return fits_memory(PackedModel::weight_file_bytes(options.path));
 }
 
 PackedModel open_packed(const ModelOptions& options, const std::shared_ptr<ByteSource>& source) {
   return source ? PackedModel(options.path, source) : PackedModel(options.path, wants_copy(options));
+}
+
+// "auto" made into one of the two; what cannot be had is reported before anything is opened.
+ModelOptions with_device(ModelOptions options) {
+  if (options.device != "cpu" && options.device != "cuda" && options.device != "auto") {
+    throw Error(ErrorCode::usage, "unknown device '" + options.device + "': it is cpu, cuda or auto");
+  }
+  if (options.device == "cuda") need_device();
+  if (options.device == "auto" && !device_problem().empty()) options.device = "cpu";
+  if (options.device != "cpu" && options.memory_budget) {
+    throw Error(ErrorCode::usage, "a memory budget is kept by the CPU only: leave it out, or use --device cpu");
+  }
+  return options;
+}
+
+std::unique_ptr<DevicePass> device_for(const ModelOptions& options, const PackedModel& packed) {
+  if (options.device == "cpu") return nullptr;
+  try {
+    return open_device(packed);
+  } catch (const Error& e) {
+    if (options.device == "cuda") throw;
+    log_message(LogLevel::warning, std::string("the CPU runs the model: ") + e.what());
+    return nullptr;
+  }
 }
 
 }  // namespace
@@ -40,30 +65,35 @@ Model::Impl::Impl(const ModelOptions& options)
     : source(options.memory_budget ? open_direct(PackedModel::weight_file(options.path)) : nullptr),
       allocated_before(allocated_bytes()),
       packed(open_packed(options, source)),
-      decoder(packed, checked_threads(options.threads)) {
+      decoder(packed, checked_threads(options.threads)),
+      device(device_for(options, packed)) {
   if (options.memory_budget) open_within_budget(options);
 }
 
-Model::Model(const ModelOptions& options) {
+Model::Model(const ModelOptions& wanted) {
   kernels();  // a forced instruction set that cannot be had is reported before anything is opened
+  const ModelOptions options = with_device(wanted);
   impl_ = std::make_shared<Impl>(options);
   const MappedFile& file = impl_->packed.weights().file();
   const bool budget = options.memory_budget > 0;
   if (!budget && fits_memory(file.size())) file.will_need(0, file.size());
   log_message(LogLevel::info, options.path + ": " + std::to_string(file.size() / 1000000) + " MB " +
                                   (copied() ? "in memory, " : budget ? "of weights under a budget, " : "mapped, ") +
-                                  std::to_string(threads()) + " threads, instruction set " + isa());
+                                  std::to_string(threads()) + " threads, instruction set " + isa() +
+                                  (impl_->device ? ", run by " + device() : ""));
 }
 
 const std::string& Model::config_json() const { return impl_->packed.config_text(); }
 int Model::threads() const { return impl_->decoder.threads(); }
 std::string Model::isa() const { return kernels().name; }
+std::string Model::device() const { return impl_->device ? impl_->device->name() : "cpu"; }
 int Model::n_vocab() const { return impl_->decoder.config().n_vocab; }
 int Model::n_layers() const { return impl_->decoder.config().n_layers; }
 int Model::n_embd() const { return impl_->decoder.config().n_embd; }
 int Model::n_ctx_train() const { return impl_->decoder.config().n_ctx_train; }
 size_t Model::weight_bytes() const { return impl_->packed.tensor_bytes(); }
 MemoryStats Model::memory() const { return impl_->memory(); }
+std::string gpu_problem() { return device_problem(); }
 bool Model::copied() const { return impl_->packed.weights().file().in_memory(); }
 size_t Model::bytes_per_token() const { return impl_->decoder.bytes_per_token(); }
 

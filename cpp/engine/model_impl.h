@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 
+#include "cuda/device.h"
 #include "flash/read_queue.h"
 #include "format/packed_model.h"
 #include "model/decoder.h"
@@ -34,6 +35,8 @@ struct Model::Impl {
   size_t allocated_before = 0;
   PackedModel packed;
   Decoder decoder;
+  // Null: the CPU runs the model. Else the decoder above runs single layers for calibration only.
+  std::unique_ptr<DevicePass> device;
   MemoryStats planned;                    // of a budget; its counters are those at the start
   std::atomic<int64_t> context_room{-1};  // bytes left for contexts, below 0: no limit
 

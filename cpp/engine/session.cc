@@ -63,6 +63,7 @@ struct Session::Impl {
         room(model.get(), n_ctx),
         cache(model->decoder.config().n_layers, model->decoder.config().n_kv_heads, model->decoder.config().head_dim,
               n_ctx),
+        device_cache(model->device ? model->device->make_cache(n_ctx) : nullptr),
         logits(size_t(model->decoder.padded_vocab()), "the logits") {
     tokens.reserve(size_t(std::min(n_ctx, 1 << 16)));
     should_stop = [this] { return stop_requested(); };
@@ -72,6 +73,13 @@ struct Session::Impl {
   void check_tokens(const int32_t* ids, int n) const;
   void check_room(int n) const;
   void run(const int32_t* ids, int n, float* all);
+  bool forward(const int32_t* ids, int n, Logits which, float* out) {
+    const int pos = int(tokens.size());
+    if (device_cache) {
+      return model->device->forward(ids, n, pos, device_cache.get(), which, out, should_stop, skipping());
+    }
+    return model->decoder.forward(ids, n, pos, &cache, which, out, should_stop, skipping());
+  }
   int32_t sample(Sampler* sampler);
   void need_logits() const {
     if (!has_logits) throw Error(ErrorCode::usage, "there are no logits: evaluate tokens first");
@@ -103,7 +111,8 @@ struct Session::Impl {
   SiteCounts counts;
   int n_ctx;
   Model::Impl::ContextRoom room;
-  KvCache cache;
+  KvCache cache;  // address space; memory only as it is used
+  std::unique_ptr<DeviceCache> device_cache;  // instead, where a device runs the model
   AlignedBuffer<float> logits;
   bool has_logits = false;
   std::vector<int32_t> tokens;
@@ -168,9 +177,7 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
     NeuronStatistic* counting = block > 1 ? statistic.get() : nullptr;
     if (counting) counting->begin_block();
     try {
-      whole = !should_stop() &&
-              model->decoder.forward(ids + done, block, int(tokens.size()), &cache, which, out, should_stop,
-                                     skipping());
+      whole = !should_stop() && forward(ids + done, block, which, out);
     } catch (...) {
       if (counting) counting->undo_block();
       count(done);
@@ -208,7 +215,10 @@ Session::Session(Session&&) noexcept = default;
 int Session::n_ctx() const { return impl_->n_ctx; }
 int Session::n_past() const { return impl_->n_past; }
 int Session::n_vocab() const { return impl_->model->decoder.config().n_vocab; }
-size_t Session::kv_bytes() const { return impl_->cache.bytes(impl_->most_tokens); }
+size_t Session::kv_bytes() const {
+  const int n = impl_->most_tokens;
+  return impl_->device_cache ? impl_->device_cache->bytes(n) : impl_->cache.bytes(n);
+}
 void Session::cancel() { impl_->cancelled.store(true, std::memory_order_relaxed); }
 
 std::vector<int32_t> Session::tokens() const {

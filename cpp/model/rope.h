@@ -15,6 +15,8 @@ class Rope {
   // Floats that `fill` writes for one position: cosines, then sines.
   int table_size() const { return dims_; }
   void fill(int pos, float* table) const;
+  // Radians a position, [dims / 2].
+  const std::vector<double>& frequency() const { return frequency_; }
   // Turns the first `dims` entries of one head.
   void apply(const float* table, float* head) const;
 

@@ -1,18 +1,28 @@
 // Checked when set: kernels compare without looking.
 #include "sparse/plan.h"
 
+#include <atomic>
 #include <string>
 
 #include "sparse_run/error.h"
 
 namespace sr {
+namespace {
+
+uint64_t next_serial() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
+}  // namespace
 
 SparsityPlan::SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens, float break_even)
     : n_layers_(n_layers),
       dense_tokens_(dense_tokens),
       break_even_(break_even),
       widths_(widths),
-      thresholds_(size_t(n_layers) * kSites) {
+      thresholds_(size_t(n_layers) * kSites),
+      serial_(next_serial()) {
   if (dense_tokens < 0) throw Error(ErrorCode::usage, "dense_tokens must be 0 or more, got " + std::to_string(dense_tokens));
   if (!(break_even >= 0 && break_even <= 1)) {
     throw Error(ErrorCode::usage, "break_even must be from 0 to 1, got " + std::to_string(break_even));
@@ -33,6 +43,7 @@ void SparsityPlan::set(int layer, Site site, const float* thresholds, size_t n) 
     if (!(own[i] >= 0)) throw Error(ErrorCode::usage, where + " must be 0 or more, got " + std::to_string(own[i]));
   }
   thresholds_[size_t(layer) * kSites + size_t(site)] = std::move(own);
+  serial_ = next_serial();
 }
 
 }  // namespace sr

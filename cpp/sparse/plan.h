@@ -26,6 +26,8 @@ class SparsityPlan {
   SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens, float break_even);
 
   int n_layers() const { return n_layers_; }
+  // Differs from that of every other plan, and changes when thresholds are set: what copies of them are known by.
+  uint64_t serial() const { return serial_; }
   int width(Site site) const { return widths_[size_t(site)]; }
   int dense_tokens() const { return dense_tokens_; }
   float break_even() const { return break_even_; }
@@ -42,6 +44,7 @@ class SparsityPlan {
   float break_even_;
   std::array<int, kSites> widths_;
   std::vector<AlignedBuffer<float>> thresholds_;
+  uint64_t serial_;
 };
 
 // Columns or neurons kept and offered where something was to be skipped, and bytes read and held of the layers of such

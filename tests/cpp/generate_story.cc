@@ -1,6 +1,6 @@
 // Greedy generation by a program of nothing but the core: the same ids on every processor and instruction set.
 //   generate_story MODEL_DIR COUNT THREADS TOKEN...
-// prints COUNT token ids on one line, and the instruction set on stderr.
+// prints COUNT token ids on one line, and the instruction set on stderr. SPARSE_RUN_STORY_DEVICE=cuda: on the GPU.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -17,13 +17,18 @@ int main(int argc, char** argv) {
     const int count = std::atoi(argv[2]);
     std::vector<int32_t> prompt;
     for (int i = 4; i < argc; i++) prompt.push_back(int32_t(std::atoi(argv[i])));
-    sr::Model model({argv[1], std::atoi(argv[3])});
-    std::fprintf(stderr, "isa %s\n", model.isa().c_str());
+    sr::ModelOptions options;
+    options.path = argv[1];
+    options.threads = std::atoi(argv[3]);
+    if (const char* device = std::getenv("SPARSE_RUN_STORY_DEVICE")) options.device = device;
+    sr::Model model(options);
+    if (options.device == "cpu") std::fprintf(stderr, "isa %s\n", model.isa().c_str());
+    else std::fprintf(stderr, "device %s\n", model.device().c_str());
     sr::Session session(model, int(prompt.size()) + count);
     session.eval(prompt.data(), int(prompt.size()));
-    sr::SamplerOptions options;
-    options.temperature = 0;
-    sr::Sampler sampler(options);
+    sr::SamplerOptions greedy;
+    greedy.temperature = 0;
+    sr::Sampler sampler(greedy);
     for (int i = 0; i < count; i++) std::printf(i ? " %d" : "%d", session.step(&sampler));
     std::printf("\n");
   } catch (const std::exception& e) {

@@ -18,6 +18,8 @@ from cpp_build import BuildUnavailable, build
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted(p.stem for p in (ROOT / "tests" / "cpp").glob("*_test.cc"))
+# Device code, run by the emulation of tests/gpu/emulator.
+PROGRAMS += sorted(p.stem for p in (ROOT / "tests" / "gpu").glob("*_check.cc"))
 ISA_FOLDERS = ("avx2", "avx512")
 X86 = platform.machine() in ("x86_64", "AMD64", "amd64")
 

@@ -1,6 +1,6 @@
 """The shape of the source tree: who may include whom, how long a file may be, what each instruction set's folder holds.
 
-bindings -> engine -> {model, sparse, flash} -> {kernels, format} -> base; cpp/include is open to all.
+bindings -> engine -> cuda -> model -> {sparse, flash} -> {kernels, format} -> base; cpp/include is open to all.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ LEVEL = {
     "sparse": 3,
     "flash": 3,
     "model": 4,
-    "engine": 5,
-    "bindings": 6,
+    "cuda": 5,
+    "engine": 6,
+    "bindings": 7,
 }
 ISA_FOLDERS = ("generic", "avx2", "avx512", "neon")
 MAX_LINES = 600
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-CODE = {".cc", ".h", ".inc", ".py", ".pyi", ".sh"}
+CODE = {".cc", ".cu", ".h", ".inc", ".py", ".pyi", ".sh"}
 
 
 def sources(*suffixes: str) -> list[Path]:
@@ -83,7 +84,7 @@ def violations(source: Path, text: str) -> list[str]:
 
 def test_includes_go_one_way() -> None:
     checked, wrong = 0, []
-    for source in sources(".cc", ".h", ".inc"):
+    for source in sources(".cc", ".cu", ".h", ".inc"):
         if source.is_relative_to(CPP) or source.is_relative_to(ROOT / "predictors"):
             assert source.is_relative_to(ROOT / "predictors") or folder_of(source) in LEVEL, f"{source}: a new layer?"
             checked += 1
@@ -154,7 +155,7 @@ def test_nothing_but_the_command_line_imports_the_command_line() -> None:
 def test_every_source_file_says_its_idea_first() -> None:
     """The first lines of a file are a comment or a docstring."""
     silent = []
-    for path in sources(".cc", ".h", ".py"):
+    for path in sources(".cc", ".cu", ".h", ".py"):
         text = path.read_text(encoding="utf-8").lstrip()
         if path.name == "__init__.py" and not text:
             continue

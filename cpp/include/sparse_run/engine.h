@@ -20,6 +20,7 @@ struct ModelOptions {
   std::string path;  // directory of a packed model (models/format.md)
   int threads = 0;   // 1..1024; 0 = physical cores that affinity and cgroup allow
   WeightMemory memory = WeightMemory::automatic;
+  std::string device = "cpu";  // "cpu", "cuda", or "auto": the GPU where there is one that the model fits
   // Bytes that the whole process may take, 0 = no limit: what of the weights does not fit is read from the file in every
   // pass, past the page cache, with the same results. Includes contexts of n_ctx tokens in all, and extra_bytes.
   size_t memory_budget = 0;
@@ -95,6 +96,7 @@ class Model {
   const std::string& config_json() const;
   int threads() const;
   std::string isa() const;
+  std::string device() const;      // "cpu", or the name of the GPU that runs the model
   int n_vocab() const;
   int n_ctx_train() const;
   int n_layers() const;
@@ -204,6 +206,9 @@ class Session {
 };
 
 int default_threads();
+
+// Why no GPU can be used by this build on this machine, in one line; empty where one can.
+std::string gpu_problem();
 
 // GB/s at which `threads` threads read a buffer of `megabytes` MB, one value a repetition.
 std::vector<double> stream_gb_per_s(int threads, int megabytes, int repetitions);

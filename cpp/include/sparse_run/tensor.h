@@ -5,8 +5,10 @@
 #include <cstdint>
 
 // Small functions of headers that are compiled for several instruction sets must not leave a shared (weak) symbol
-// behind: the linker could keep the copy with the newer instructions.
-#if defined(_MSC_VER)
+// behind: the linker could keep the copy with the newer instructions. nvcc makes them for the device as well.
+#if defined(__CUDACC__)
+#define SR_INLINE __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
 #define SR_INLINE __forceinline
 #define SR_NOINLINE __declspec(noinline)
 #else

@@ -1,0 +1,247 @@
+// One vector times a stored matrix. A warp takes 4 tiles (4 bits) or 2 (8 bits) of 64 rows, a word of 4 bytes a lane, so
+// that a column is read as one line of 128 bytes and can be left out; four columns are turned into dot products of bytes
+// in registers. Warps of a block share the slabs, blocks share them further; sums are added in a fixed order.
+#include "kernels/cuda/launch.h"
+
+namespace sr {
+namespace cuda {
+namespace {
+
+constexpr int kRedRows = 256;  // floats of one warp's results
+constexpr int kWarps = 8;      // of a block
+
+struct GemvArgs {
+  Matrix w;
+  Vectors x;
+  Mask mask;
+  int splits;
+  float* partial;  // [splits, groups, 256]
+  int* tickets;    // [groups]
+  const Step* step;
+  float* y;
+};
+
+struct Halves4 {
+  float f[4];
+};
+__device__ __forceinline__ Halves4 load_halves(const uint8_t* p) {
+  const uint2 u = __ldg(reinterpret_cast<const uint2*>(p));
+  return {{from_half(uint16_t(u.x & 0xffff)), from_half(uint16_t(u.x >> 16)), from_half(uint16_t(u.y & 0xffff)),
+           from_half(uint16_t(u.y >> 16))}};
+}
+
+// One row's share of a scale group, in the order of kernels/table.h.
+__device__ __forceinline__ float add_group(float y, int sum, float scale, float min, int has_min, int bias, float x_scale,
+                                           float x_total) {
+  y = fmaf(__fmul_rn(float(sum), scale), x_scale, y);
+  if (has_min) y = fmaf(fmaf(scale, float(bias), min), x_total, y);
+  return y;
+}
+
+// Lanes hold rows: 4 bits, lane / 8 the tile, lane % 8 * 4 + 0..3 and those + 32 its rows; 8 bits, lane / 16 the tile,
+// lane % 16 * 4 + 0..3 its rows.
+template <bool kBytes, bool kList>
+__device__ __forceinline__ void product(const Part& m, const Vectors& x, int group, int begin, int step, float* y) {
+  constexpr int kLanes = kBytes ? 16 : 8, kSets = kBytes ? 1 : 2;
+  const int lane = int(threadIdx.x) % 32, at = lane % kLanes;
+  int tile = group * (32 / kLanes) + lane / kLanes;
+  tile = min(tile, m.tiles - 1);  // surplus lanes repeat the last tile; their results are not stored
+  const int first = tile * kTileRows / m.panel_rows * m.panel_rows, row = tile * kTileRows - first;
+  const int R = min(m.panel_rows, m.tiles * kTileRows - first);
+  const uint8_t* panel = m.data + size_t(first / m.panel_rows) * m.panel_bytes(m.panel_rows);
+  const size_t slab_bytes = m.slab_bytes(R);
+  const int parts = 32 / m.group;
+  // Inside a slab 32 bits suffice, and save registers.
+  const unsigned run = unsigned(m.run_bytes(R)), minima = unsigned(parts * 2 * R);
+  const unsigned column = unsigned(parts * (m.has_min ? 2 : 1) * 2 * R + (kBytes ? row : row / 2) + at * 4);
+
+  for (int s = begin; s < m.slabs; s += step) {
+    const uint8_t* slab = panel + size_t(s) * slab_bytes;
+    const float x_scale = __ldg(x.scale + s);
+    const int sums[2] = {__ldg(x.sum + 2 * s), __ldg(x.sum + 2 * s + 1)};
+    int counts[2] = {16, 16};
+    if (kList) {
+      counts[0] = __ldg(x.count + 2 * s);
+      counts[1] = __ldg(x.count + 2 * s + 1);
+      if (counts[0] + counts[1] == 0) continue;
+    }
+    int acc[4 * kSets];
+#pragma unroll
+    for (int r = 0; r < 4 * kSets; r++) acc[r] = 0;
+    for (int half = 0; half < 2; half++) {
+      const int quads = kList ? (counts[half] + 3) / 4 : 4;
+      const unsigned* xs = reinterpret_cast<const unsigned*>((kList ? x.listed : x.q) + 32 * s + 16 * half);
+      const unsigned* cs = kList ? reinterpret_cast<const unsigned*>(x.cols + 32 * s + 16 * half) : nullptr;
+      unsigned word[16];
+#pragma unroll
+      for (int quad = 0; quad < 4; quad++) {
+        if (quad < quads) {
+          const unsigned c = kList ? __ldg(cs + quad) : 0x03020100u + 0x04040404u * unsigned(quad + 4 * half);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            word[4 * quad + i] = __ldg(reinterpret_cast<const unsigned*>(slab + (column + (c >> 8 * i & 255) * run)));
+        }
+      }
+#pragma unroll
+      for (int quad = 0; quad < 4; quad++) {
+        if (quad < quads) {
+          const unsigned* w = word + 4 * quad;
+          const int xv = int(__ldg(xs + quad));
+          // Four columns of four rows, turned: t[k] holds row k of the four columns.
+          const unsigned a = __byte_perm(w[0], w[1], 0x5140), b = __byte_perm(w[2], w[3], 0x5140);
+          const unsigned c = __byte_perm(w[0], w[1], 0x7362), d = __byte_perm(w[2], w[3], 0x7362);
+          const unsigned t[4] = {__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632), __byte_perm(c, d, 0x5410),
+                                 __byte_perm(c, d, 0x7632)};
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            if (kBytes) {
+              acc[k] = __dp4a(int(t[k] ^ 0x80808080u), xv, acc[k]);
+            } else {
+              acc[k] = __dp4a(int(t[k] & 0x0f0f0f0fu), xv, acc[k]);
+              acc[4 * (kSets - 1) + k] = __dp4a(int((t[k] ^ 0x80808080u) & 0xf0f0f0f0u), xv, acc[4 * (kSets - 1) + k]);
+            }
+          }
+        }
+      }
+      if (half == 0 && parts == 1) continue;
+      // The end of a scale group. Low nibbles were summed without their bias of 8, high ones 16-fold.
+      const int p = parts == 1 ? 0 : half;
+      const int x_sum = parts == 1 ? sums[0] + sums[1] : sums[half];
+      if (kList && parts == 2 && counts[half] == 0) continue;
+      const float x_total = __fmul_rn(x_scale, float(x_sum));
+#pragma unroll
+      for (int set = 0; set < kSets; set++) {
+        const unsigned at_row = unsigned(p * R + row + at * 4 + 32 * set);
+        const Halves4 scale = load_halves(slab + 2 * at_row);
+        Halves4 low = {{0, 0, 0, 0}};
+        if (m.has_min) low = load_halves(slab + minima + 2 * at_row);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const int raw = acc[4 * set + k];
+          const int sum = kBytes ? raw : set == 0 ? raw - 8 * x_sum : raw >> 4;
+          y[4 * set + k] = add_group(y[4 * set + k], sum, scale.f[k], low.f[k], m.has_min, m.bias, x_scale, x_total);
+          acc[4 * set + k] = 0;
+        }
+      }
+    }
+  }
+}
+
+// Lane l holds rows 2 l and 2 l + 1 of a tile; warps take columns in turn.
+__device__ __forceinline__ void product_float(const Part& m, const float* x, int group, int begin, int step, float* y) {
+  const int lane = int(threadIdx.x) % 32, tile = group;
+  const int first = tile * kTileRows / m.panel_rows * m.panel_rows, row = tile * kTileRows - first;
+  const uint8_t* panel = m.data + size_t(first / m.panel_rows) * m.panel_bytes(m.panel_rows);
+  const size_t base = size_t(row) * size_t(m.cols) + 2 * size_t(lane);
+#pragma unroll 8
+  for (int c = begin; c < m.cols; c += step) {
+    const size_t at = base + size_t(c) * kTileRows;
+    const float xv = __ldg(x + c);
+    float a, b;
+    if (m.store == Store::f32) {
+      const float2 w = __ldg(reinterpret_cast<const float2*>(panel + 4 * at));
+      a = w.x;
+      b = w.y;
+    } else {
+      const unsigned w = __ldg(reinterpret_cast<const unsigned*>(panel + 2 * at));
+      a = m.store == Store::f16 ? from_half(uint16_t(w & 0xffff)) : __uint_as_float(w << 16);
+      b = m.store == Store::f16 ? from_half(uint16_t(w >> 16)) : __uint_as_float(w & 0xffff0000u);
+    }
+    y[0] = fmaf(a, xv, y[0]);
+    y[1] = fmaf(b, xv, y[1]);
+  }
+}
+
+__global__ void __launch_bounds__(kWarps * 32, 3) gemv_kernel(const GemvArgs a) {
+  SR_SHARED(float, red, kWarps * kRedRows);
+  SR_SHARED(int, last, 1);
+  int p = 0;
+  while (p + 1 < a.w.n_parts && int(blockIdx.x) >= a.w.part[p + 1].first_group) p++;
+  const Part& m = a.w.part[p];
+  const int group = int(blockIdx.x) - m.first_group;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int begin = int(blockIdx.y) * kWarps + warp, step = a.splits * kWarps;
+  const int rows = group_rows(m.store);
+  float y[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  float* out = red + warp * kRedRows;
+  if (m.store == Store::q4 || m.store == Store::q8) {
+    // One decision for the whole grid: the list where few enough columns are left, else all of the masked vector.
+    bool list = false;
+    if (a.mask.kept && a.mask.at(a.step->pos)) list = *a.mask.kept <= a.mask.limit;
+    if (m.store == Store::q4) {
+      if (list) product<false, true>(m, a.x, group, begin, step, y);
+      else product<false, false>(m, a.x, group, begin, step, y);
+      const int at = lane / 8 * kTileRows + lane % 8 * 4;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        out[at + k] = y[k];
+        out[at + 32 + k] = y[4 + k];
+      }
+    } else {
+      if (list) product<true, true>(m, a.x, group, begin, step, y);
+      else product<true, false>(m, a.x, group, begin, step, y);
+#pragma unroll
+      for (int k = 0; k < 4; k++) out[lane * 4 + k] = y[k];
+    }
+  } else {
+    product_float(m, a.x.x, group, begin, step, y);
+    out[2 * lane] = y[0];
+    out[2 * lane + 1] = y[1];
+  }
+  __syncthreads();
+
+  const int row = group * rows + int(threadIdx.x), end = m.tiles * kTileRows;
+  const bool mine = int(threadIdx.x) < rows && row < end;
+  float sum = 0;
+  if (mine)
+    for (int w = 0; w < kWarps; w++) sum += red[w * kRedRows + int(threadIdx.x)];
+  if (a.splits > 1) {
+    // The block that finishes last adds the others' sums, in their order.
+    float* partial = a.partial + size_t(blockIdx.x) * kRedRows + threadIdx.x;
+    const size_t stride = size_t(gridDim.x) * kRedRows;
+    if (mine) partial[blockIdx.y * stride] = sum;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const int ticket = atomicAdd(a.tickets + blockIdx.x, 1);
+      last[0] = ticket == a.splits - 1;
+      if (last[0]) a.tickets[blockIdx.x] = 0;
+    }
+    __syncthreads();
+    if (!last[0]) return;
+    __threadfence();
+    sum = 0;
+    if (mine)
+      for (int i = 0; i < a.splits; i++) sum += __ldcg(partial + i * stride);
+  }
+  if (mine) {
+    if (m.add && row < m.rows) sum += m.add[row];
+    a.y[m.y_begin + row] = sum;
+  }
+}
+
+}  // namespace
+
+GemvPlan plan_gemv(const Matrix& w, int multiprocessors) {
+  // Three blocks of 8 warps fit a multiprocessor, and all of them should have work; a warp keeps a slab of its own.
+  GemvPlan plan;
+  const int wanted = 3 * multiprocessors, most = w.slabs / kWarps;
+  plan.splits = (wanted + w.groups - 1) / w.groups;
+  if (plan.splits > most) plan.splits = most;
+  if (plan.splits > 32) plan.splits = 32;
+  if (plan.splits < 1) plan.splits = 1;
+  return plan;
+}
+
+size_t gemv_partial_floats(const Matrix& w, const GemvPlan& plan) {
+  return plan.splits > 1 ? size_t(plan.splits) * size_t(w.groups) * kRedRows : 0;
+}
+
+void gemv(cudaStream_t s, const Matrix& w, const Vectors& x, const Mask& mask, const GemvPlan& plan,
+          const GemvScratch& scratch, const Step* step, float* y) {
+  const GemvArgs a = {w, x, mask, plan.splits, scratch.partial, scratch.tickets, step, y};
+  launch("gemv", gemv_kernel, dim3(unsigned(w.groups), unsigned(plan.splits)), dim3(kWarps * 32), 0, s, a);
+}
+
+}  // namespace cuda
+}  // namespace sr

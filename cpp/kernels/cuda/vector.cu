@@ -1,0 +1,201 @@
+// Operations on vectors: embedding, rotary tables, residual sums with norms, activations.
+#include "kernels/cuda/emit.h"
+#include "kernels/cuda/launch.h"
+
+namespace sr {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 1024;  // of the kernels that take a row each: a norm needs all of it
+
+__device__ __forceinline__ float half_at(const uint8_t* p, size_t i) {
+  return from_half(__ldg(reinterpret_cast<const uint16_t*>(p) + i));
+}
+
+// Weight (row, c) of a stored part, as pack's unpack_row has it.
+__device__ float weight_at(const Part& m, int row, int c) {
+  const int first = row / m.panel_rows * m.panel_rows, r = row - first;
+  const int R = min(m.panel_rows, m.tiles * kTileRows - first);
+  const uint8_t* panel = m.data + size_t(row / m.panel_rows) * m.panel_bytes(m.panel_rows);
+  if (m.store != Store::q4 && m.store != Store::q8) {
+    const size_t at = size_t(r / kTileRows) * kTileRows * size_t(m.cols) + size_t(c) * kTileRows + size_t(r % kTileRows);
+    if (m.store == Store::f32) return __ldg(reinterpret_cast<const float*>(panel) + at);
+    if (m.store == Store::f16) return half_at(panel, at);
+    return __uint_as_float(unsigned(__ldg(reinterpret_cast<const uint16_t*>(panel) + at)) << 16);
+  }
+  const int parts = 32 / m.group, in_slab = c % 32, part = in_slab / m.group;
+  const uint8_t* slab = panel + size_t(c / 32) * m.slab_bytes(R);
+  const uint8_t* run = slab + size_t(parts) * (m.has_min ? 2 : 1) * 2 * size_t(R) + size_t(in_slab) * m.run_bytes(R);
+  const float scale = half_at(slab, size_t(part) * R + r);
+  int code;  // without its bias
+  if (m.store == Store::q8) {
+    code = int(__ldg(run + r)) - 128;
+  } else {
+    const int in_tile = r % kTileRows;
+    code = (int(__ldg(run + r / kTileRows * 32 + in_tile % 32)) >> (in_tile / 32 * 4) & 15) - 8;
+  }
+  if (!m.has_min) return __fmul_rn(scale, float(code));
+  return fmaf(scale, float(code + m.bias), half_at(slab, size_t(parts + part) * R + r));
+}
+
+__global__ void __launch_bounds__(256) embed_kernel(const EmbedArgs a) {
+  const int row = int(blockIdx.y), c = int(blockIdx.x) * 256 + int(threadIdx.x), n = a.table.cols;
+  if (row == 0)
+    for (int i = c; i < a.n_zero; i += int(gridDim.x) * 256) a.zero[i] = 0;
+  if (c >= n) return;
+  int token = a.tokens ? a.tokens[row] : a.step->token;
+  int p = 0;
+  while (p + 1 < a.table.n_parts && token >= a.table.part[p].rows) token -= a.table.part[p++].rows;
+  float v = weight_at(a.table.part[p], token, c);
+  if (a.scale != 1) v = __fmul_rn(v, a.scale);
+  if (a.position_embd) v = __fadd_rn(v, a.position_embd[size_t(a.step->pos + row) * n + c]);
+  a.x[size_t(row) * n + c] = v;
+}
+
+struct RopeArgs {
+  const double* frequency;
+  int half;
+  float mscale;
+  const Step* step;
+  float* table;
+};
+
+__global__ void __launch_bounds__(128) rope_kernel(const RopeArgs a) {
+  const int row = int(blockIdx.y), i = int(blockIdx.x) * 128 + int(threadIdx.x);
+  if (i >= a.half) return;
+  const double angle = double(a.step->pos + row) * a.frequency[i];
+  a.table[size_t(row) * 2 * a.half + i] = __fmul_rn(float(cos(angle)), a.mscale);
+  a.table[size_t(row) * 2 * a.half + a.half + i] = __fmul_rn(float(sin(angle)), a.mscale);
+}
+
+// The sum of v over the block, in every thread. The order is fixed.
+__device__ double block_sum(double v) {
+  SR_SHARED(double, part, 32);
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warps = int(blockDim.x) / 32;
+  v = warp_sum(v);
+  __syncthreads();  // part may still be read from an earlier call
+  if (lane == 0) part[warp] = v;
+  __syncthreads();
+  double sum = 0;
+  for (int w = 0; w < warps; w++) sum += part[w];
+  return sum;
+}
+
+// What a norm does to its vector: (x - mean) * factor * weight + bias.
+struct NormFactors {
+  float mean, factor;
+};
+
+template <class Get>
+__device__ NormFactors norm_factors(const NormView& norm, int n, const Get& get) {
+  if (norm.type == NormType::none) return {0, 1};
+  double sum = 0, mean = 0;
+  if (norm.type == NormType::layer) {
+    for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) sum += get(i);
+    mean = block_sum(sum) / n;
+    sum = 0;
+  }
+  for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) {
+    const double d = double(get(i)) - mean;
+    sum += d * d;
+  }
+  return {float(mean), float(1.0 / sqrt(block_sum(sum) / n + double(norm.eps)))};
+}
+
+__device__ __forceinline__ float apply_norm(const NormView& norm, const NormFactors& f, int i, float v) {
+  if (norm.type == NormType::none) return v;
+  v = __fmul_rn(__fmul_rn(v - f.mean, f.factor), norm.weight[i]);
+  return norm.bias ? __fadd_rn(v, norm.bias[i]) : v;
+}
+
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareArgs a) {
+  const int row = int(blockIdx.x), tid = int(threadIdx.x), threads = int(blockDim.x), n = a.width;
+  float* x = a.x + size_t(row) * a.ldx;
+  // Every thread keeps to its own elements of x, so that no barrier is needed between these loops.
+  for (int b = 0; b < 2; b++) {
+    const Branch& branch = a.branch[b];
+    if (!branch.y) continue;
+    const float* y = branch.y + size_t(row) * branch.ld;
+    const NormFactors f = norm_factors(branch.post, n, [&](int i) { return y[i]; });
+    for (int i = tid; i < n; i += threads) {
+      const float v = apply_norm(branch.post, f, i, y[i]);
+      x[i] = a.residual_scale == 1 ? __fadd_rn(x[i], v) : __fadd_rn(x[i], __fmul_rn(a.residual_scale, v));
+    }
+  }
+  if (!a.out.x) return;
+  const NormFactors f = norm_factors(a.norm, n, [&](int i) { return x[i]; });
+  const int pos = a.step->pos;
+  for (int i = tid; i < a.out.padded; i += threads) {
+    const float v = i < n ? apply_norm(a.norm, f, i, x[i]) : 0.0f;
+    emit(a.out, row, i, v, a.quantise, a.mask, pos);
+  }
+}
+
+struct InPlaceArgs {
+  NormView norm;
+  float* y;
+  size_t ld;
+  int width;
+};
+
+__global__ void __launch_bounds__(kThreads) in_place_kernel(const InPlaceArgs a) {
+  float* y = a.y + size_t(blockIdx.x) * a.ld;
+  const NormFactors f = norm_factors(a.norm, a.width, [&](int i) { return y[i]; });
+  for (int i = int(threadIdx.x); i < a.width; i += int(blockDim.x)) y[i] = apply_norm(a.norm, f, i, y[i]);
+}
+
+__global__ void __launch_bounds__(256) activate_kernel(const ActivateArgs a) {
+  const int row = int(blockIdx.y), i = int(blockIdx.x) * 256 + int(threadIdx.x);
+  if (i / 32 * 32 >= a.out.padded) return;  // whole warps
+  float v = 0;
+  if (i < a.n_ff) {
+    float up = 1;
+    if (a.in) {
+      const float* in = a.in + size_t(row) * a.ld + (a.gated ? i / kTileRows * 2 * kTileRows + i % kTileRows : i);
+      const float g = *in;
+      v = activation(a.act, a.cut > 0 && g < a.cut ? 0.0f : g);
+      if (a.gated) up = in[kTileRows];
+      const float* threshold = a.neurons.at(a.step->pos + row);
+      if (threshold && fabsf(v) <= threshold[i]) v = up = 0;
+      else if (threshold && a.neurons.kept) atomicAdd(a.neurons.kept, 1);
+    } else {
+      v = a.gate[i];
+      if (a.gated) up = v == 0 ? 0.0f : a.up[i];
+    }
+    if (a.up_relu && up < 0) up = 0;
+    if (a.gated) v = __fmul_rn(v, up);
+  }
+  emit(a.out, row, i, v, a.quantise, a.mask, a.step->pos);
+}
+
+unsigned row_threads(int width) {
+  const unsigned n = (unsigned(width) + 31) / 32 * 32;
+  return n < 64 ? 64 : n > unsigned(kThreads) ? unsigned(kThreads) : n;
+}
+
+}  // namespace
+
+void embed(cudaStream_t s, const EmbedArgs& a, int n) {
+  launch("embed", embed_kernel, dim3(unsigned(a.table.cols + 255) / 256, unsigned(n)), dim3(256), 0, s, a);
+}
+
+void rope_tables(cudaStream_t s, const double* frequency, int half, float mscale, const Step* step, int n, float* table) {
+  const RopeArgs a = {frequency, half, mscale, step, table};
+  launch("rope tables", rope_kernel, dim3(unsigned(half + 127) / 128, unsigned(n)), dim3(128), 0, s, a);
+}
+
+void prepare(cudaStream_t s, const PrepareArgs& a, int n) {
+  launch("prepare", prepare_kernel, dim3(unsigned(n)), dim3(row_threads(a.width)), 0, s, a);
+}
+
+void norm_in_place(cudaStream_t s, const NormView& norm, float* y, size_t ld, int width, int n) {
+  const InPlaceArgs a = {norm, y, ld, width};
+  launch("norm", in_place_kernel, dim3(unsigned(n)), dim3(row_threads(width)), 0, s, a);
+}
+
+void activate(cudaStream_t s, const ActivateArgs& a, int n) {
+  launch("activate", activate_kernel, dim3(unsigned(a.out.padded + 255) / 256, unsigned(n)), dim3(256), 0, s, a);
+}
+
+}  // namespace cuda
+}  // namespace sr

@@ -1,0 +1,2 @@
+// The device code of cpp/kernels/cuda/attend.cu as plain C++.
+#include "kernels/cuda/attend.cu"
