@@ -14,4 +14,7 @@ size_t total_memory();
 // Bytes of memory that this process takes now, shared pages included. 0 when it cannot be told.
 size_t resident_memory();
 
+// Returns what the heap holds but does not use to the system, where it can be told to.
+void give_back_freed_memory();
+
 }  // namespace sr

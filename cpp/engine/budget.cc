@@ -16,8 +16,8 @@ constexpr int kReaders = 4;
 constexpr size_t kReadUnit = size_t(1) << 20;
 constexpr size_t kHugePage = size_t(2) << 20;
 // What no counter sees: the heap of a running program, stacks, page tables, memory that the kernel holds for us.
-constexpr size_t kReserve = size_t(8) << 20;
-constexpr size_t kReserveShare = 100;  // and a hundredth of the budget
+constexpr size_t kReserve = size_t(6) << 20;
+constexpr size_t kReserveShare = 250;  // and this part of the budget
 constexpr int kUsualContext = 4096, kContextStep = 256;
 constexpr size_t kContextShare = 8;    // of the budget, at most, for a context that nobody asked for
 constexpr size_t kUnknownProcess = size_t(96) << 20;  // where the system does not tell the resident size
@@ -55,6 +55,7 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
                                        megabytes(total) + " that this machine, or its container, has; use less");
   }
   m.n_ctx = options.n_ctx ? options.n_ctx : usual_context(decoder, m.budget);
+  give_back_freed_memory();  // of the tokenizer's files, mostly
   const size_t now = resident_memory();
   m.process = now ? now : kUnknownProcess;
   m.working = allocated_bytes() - allocated_before + options.extra_bytes + kReserve + m.budget / kReserveShare;

@@ -59,6 +59,7 @@ struct Matrix {
 
 // Neurons are parted by 64, as threads share them.
 constexpr int kNeuronGrain = kTileRows;
+static_assert(kNeuronGrain % kNeuronBlock == 0, "a block of neurons is one run of bytes");
 
 size_t neuron_grain_bytes(const NeuronRows& w) { return size_t(kNeuronGrain) * w.m.record_bytes(); }
 

@@ -127,7 +127,7 @@ struct Streamed {
   size_t budget() const {
     const sr::Model all(with_budget(tiny.path(), size_t(2) << 30));
     const sr::MemoryStats m = all.memory();
-    return m.process + m.working + m.contexts - (size_t(2) << 30) / 100 + m.resident / 2 + (size_t(1) << 20);
+    return m.process + m.working + m.contexts - (size_t(2) << 30) / 250 + m.resident / 2 + (size_t(1) << 20);
   }
   TinyModel tiny;
 };
