@@ -14,6 +14,9 @@ def isa_list() -> list[dict[str, Any]]:
 def cpu_info() -> dict[str, Any]:
     """{"brand": str, "features": [str], "physical_cores": int, "allowed_cores": int, "default_threads": int}."""
 
+def gpu_problem() -> str:
+    """Why this build cannot use a GPU on this machine, in one line with the remedy; "" where it can."""
+
 def default_threads() -> int:
     """Physical cores allowed by the affinity mask and the cgroup quota."""
 
@@ -97,6 +100,7 @@ class Model:
         n_ctx: int = 0,
         extra_bytes: int = 0,
         progress: Callable[[int, int], object] | None = None,
+        device: str = "cpu",
     ) -> None:
         """`mmap`: True maps the weights, False copies them into huge pages (15-30% faster decoding), None copies them
         where that takes at most half of the available memory.
@@ -105,7 +109,12 @@ class Model:
         (a token, or a block of a prompt), past the page cache, with the same results. `n_ctx`: tokens that all sessions
         together may hold, 0 = what an eighth of the budget holds, from 256 to 4096. `extra_bytes`: what the caller will
         allocate. `progress(done, total)`: bytes read at the start. Raises BudgetError below the floor and above the machine's
-        memory."""
+        memory.
+
+        `device`: "cpu", "cuda", or "auto" (the GPU where there is one that the model fits)."""
+    @property
+    def device(self) -> str:
+        """The name of the GPU that runs the model, or "cpu"."""
     def memory(self) -> dict[str, Any]:
         """What a memory budget was divided into, in bytes: {"budget_bytes" (0 without one), "process_bytes", "working_bytes",
         "context_bytes", "resident_bytes" (weights), "ring_bytes" (weights read ahead), "streamed_bytes" (that every pass

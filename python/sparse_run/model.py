@@ -55,6 +55,7 @@ class Model:
         ctx_size: int | None = None,
         chat_template: str | None = None,
         memory_budget: str | int | None = None,
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
         """Opens a packed model directory; `Model.load` also takes GGUF files and names."""
@@ -81,6 +82,7 @@ class Model:
             threads or 0,
             memory_budget=budget,
             n_ctx=(ctx_size or 0) if budget else 0,
+            device=device,
             progress=None if progress is None else lambda done, total: progress("loading", done, total),
         )
         self.config: dict[str, Any] = json.loads(self._core.config_json)
@@ -105,6 +107,7 @@ class Model:
         ctx_size: int | None = None,
         chat_template: str | None = None,
         memory_budget: str | int | None = None,
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> Self:
         """Opens a packed directory, a GGUF file (converted into the cache on first use) or a known name; None is the default
@@ -115,6 +118,7 @@ class Model:
         the checkpoint's.
         memory_budget: the most memory that this whole process may take, such as "700M"; weights that do not fit are read from
         the file for every token, with the same results. The context is then what an eighth of it holds, unless ctx_size says.
+        device: "cpu", "cuda" (needs a build with CUDA and a GPU), or "auto", the GPU where there is one that the model fits.
         progress: called with (what, done, total) in bytes while a conversion or a download runs, or weights are read.
 
         Raises ModelError where the model is missing, damaged or of an unsupported kind; UsageError for impossible options;
@@ -128,6 +132,7 @@ class Model:
             ctx_size=ctx_size,
             chat_template=chat_template,
             memory_budget=memory_budget,
+            device=device,
             progress=progress,
         )
 
@@ -140,6 +145,11 @@ class Model:
     def threads(self) -> int:
         """Computing threads."""
         return self._opened().threads
+
+    @property
+    def device(self) -> str:
+        """The name of the GPU that runs the model, or "cpu"."""
+        return self._opened().device
 
     @property
     def isa(self) -> str:

@@ -29,6 +29,8 @@ class BenchResult:
     model: str
     threads: int
     isa: str
+    device: str
+    """The GPU's name, or "cpu"."""
     prompt: int
     gen: int
     reps: int
@@ -62,6 +64,7 @@ def bench(
     path: str | Path,
     *,
     threads: int | None = None,
+    device: str = "cpu",
     prompt: int = 256,
     gen: int = 64,
     reps: int = 5,
@@ -73,6 +76,7 @@ def bench(
     Args:
         path: packed model directory.
         threads: computing threads; None takes the default of this machine.
+        device: "cpu", "cuda" or "auto".
         prompt: tokens of the prompt. gen: tokens decoded in a repetition. reps: repetitions of both.
         memory_budget: bytes that this process may take; weights that do not fit are read for each token.
         progress: called as progress(what, done, total) between measurements.
@@ -107,7 +111,10 @@ def bench(
     n_ctx = prompt + gen * reps + 64
     # A budget covers what a conversation needs besides weights; none of it is used here.
     tokenizer = _tokenizer(path) if memory_budget else None
-    model = _core.Model(str(path), threads or 0, memory_budget=memory_budget or 0, n_ctx=n_ctx if memory_budget else 0)
+    model = _core.Model(
+        str(path), threads or 0, memory_budget=memory_budget or 0, n_ctx=n_ctx if memory_budget else 0, device=device
+    )
+    used_device = model.device
     try:
         load_seconds = time.perf_counter() - start
         config = json.loads(model.config_json)
@@ -156,6 +163,7 @@ def bench(
             model=str(config.get("name") or Path(path).name),
             threads=used_threads,
             isa=isa,
+            device=used_device,
             prompt=prompt,
             gen=gen,
             reps=reps,

@@ -11,6 +11,7 @@ from .common import (
     Progress,
     Work,
     budget_option,
+    device_option,
     json_option,
     model_option,
     print_json,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.command("bench")
 @model_option
 @threads_option
+@device_option
 @sparsity_option
 @budget_option
 @click.option("--prompt", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of the prompt.")
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 def command(
     model: str | None,
     threads: int | None,
+    device: str,
     sparsity: str | None,
     memory_budget: str | None,
     prompt: int,
@@ -90,10 +93,17 @@ def command(
         raise click.UsageError("--memory-budget and --sparsity are measured one at a time; leave one out")
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
-    compared = None if sparsity in (None, "off") else _sparse(path, threads, str(sparsity), gen, reps, quiet)
+    compared = None if sparsity in (None, "off") else _sparse(path, threads, device, str(sparsity), gen, reps, quiet)
     with Work(quiet=quiet or budget is None) as work:
         result = bench(
-            path, threads=threads, prompt=prompt, gen=gen, reps=reps, memory_budget=budget, progress=work if budget else None
+            path,
+            threads=threads,
+            device=device,
+            prompt=prompt,
+            gen=gen,
+            reps=reps,
+            memory_budget=budget,
+            progress=work if budget else None,
         )
     if as_json:
         print_json({**result.as_dict(), **(compared.as_dict() if compared is not None else {})})
@@ -146,7 +156,9 @@ def break_even_table(r: BreakEvenResult) -> str:
     return "\n".join([head, *rows, f"products of this model run dense above a density of {r.break_even:.0%}"])
 
 
-def _sparse(path: Path, threads: int | None, choice: str, gen: int, reps: int, quiet: bool) -> SparseBenchResult | None:
+def _sparse(
+    path: Path, threads: int | None, device: str, choice: str, gen: int, reps: int, quiet: bool
+) -> SparseBenchResult | None:
     """Dense and sparse decoding in turns; None where `auto` decided for dense."""
     from .. import _core
     from ..bench import bench_sparse
@@ -155,7 +167,7 @@ def _sparse(path: Path, threads: int | None, choice: str, gen: int, reps: int, q
     from ..tokenizer import Tokenizer
 
     header, tokenizer = read_header(path), Tokenizer.load(path)
-    core = _core.Model(str(path), threads or 0)
+    core = _core.Model(str(path), threads or 0, device=device)
     try:
         with Work(quiet=quiet) as work:
             say = None if quiet else lambda text: click.echo(text, err=True)
@@ -184,9 +196,11 @@ def table(r: BenchResult) -> str:
         return f"{min(rates):.1f} to {max(rates):.1f}" if len(rates) > 1 else ""
 
     share = f"{r.gb_per_s / r.stream_gb_per_s:.0%} of this machine's {r.stream_gb_per_s:.1f} GB/s"
+    if r.device != "cpu":
+        share = "of the file; device memory holds 5 and 6 bits as bytes"
     rows = [
         ("model", f"{r.model}, {r.weight_bytes / 1e6:.1f} MB of weights"),
-        ("machine", f"{r.threads} threads, {r.isa}"),
+        ("machine", f"{r.threads} threads, {r.isa}" if r.device == "cpu" else r.device),
         ("prompt", f"{r.prompt_median:9.1f} tok/s   {r.prompt} tokens, {spread(r.prompt_tokens_per_s)}"),
         (
             "decode",

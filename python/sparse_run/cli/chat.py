@@ -11,6 +11,7 @@ from ..sampling import Sampling
 from .common import (
     budget_option,
     ctx_option,
+    device_option,
     load_model,
     model_option,
     read_text,
@@ -46,6 +47,7 @@ from .common import (
 @budget_option
 @stats_option
 @threads_option
+@device_option
 @ctx_option
 @verbosity_options
 def command(
@@ -61,6 +63,7 @@ def command(
     memory_budget: str | None,
     stats: bool,
     threads: int | None,
+    device: str,
     ctx_size: int | None,
     quiet: bool,
     verbose: int,
@@ -103,6 +106,7 @@ def command(
             chat_template=chat_template,
             sparsity=sparsity,
             memory_budget=memory_budget,
+            device=device,
         ) as opened,
         opened.session() as session,
     ):

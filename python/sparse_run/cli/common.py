@@ -70,6 +70,17 @@ def ctx_option(function: F) -> F:
     )(function)
 
 
+def device_option(function: F) -> F:
+    """Gives the command `device: str`."""
+    return click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda", "auto"]),
+        default="cpu",
+        show_default=True,
+        help="What runs the model; auto is the GPU where there is one that the model fits.",
+    )(function)
+
+
 def json_option(function: F) -> F:
     """Gives the command `as_json: bool`."""
     return click.option("--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print one JSON object.")(
@@ -304,6 +315,7 @@ def load_model(
     chat_template: str | None = None,
     sparsity: str | None = None,
     memory_budget: str | None = None,
+    device: str = "cpu",
 ) -> Model:
     """Finds the model (converting or downloading it where that is needed, with a bar) and opens it. Under a memory budget it
     says on stderr what will happen."""
@@ -319,6 +331,7 @@ def load_model(
             ctx_size=ctx_size,
             chat_template=chat_template,
             memory_budget=memory_budget,
+            device=device,
             progress=progress,
         )
     try:

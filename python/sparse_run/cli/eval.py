@@ -11,6 +11,7 @@ from .common import (
     Progress,
     Work,
     budget_option,
+    device_option,
     json_option,
     model_option,
     print_json,
@@ -27,6 +28,7 @@ _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on averag
 @click.command("eval")
 @model_option
 @threads_option
+@device_option
 @sparsity_option
 @budget_option
 @click.option("--text", "text_file", metavar="FILE", help="The text, UTF-8; - is standard input.")
@@ -42,6 +44,7 @@ _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on averag
 def command(
     model: str | None,
     threads: int | None,
+    device: str,
     sparsity: str | None,
     memory_budget: str | None,
     text_file: str | None,
@@ -83,7 +86,7 @@ def command(
     if budget and (task is not None or sparsity not in (None, "off")):
         raise click.UsageError("--memory-budget goes with --text and no --sparsity: what they hold is not counted in it")
     if task is not None:
-        _task(model, threads, sparsity, task, data, limit, as_json=as_json, quiet=quiet)
+        _task(model, threads, device, sparsity, task, data, limit, as_json=as_json, quiet=quiet)
         return
     assert text_file is not None
     text = read_text(text_file).replace("\r\n", "\n").replace("\r", "\n")
@@ -101,6 +104,7 @@ def command(
             memory_budget=budget,
             n_ctx=ctx if budget else 0,
             extra_bytes=held * LOGIT_COPIES if budget else 0,
+            device=device,
             progress=lambda done, total: progress("loading", done, total),
         )
         try:
@@ -156,6 +160,7 @@ def command(
 def _task(
     model: str | None,
     threads: int | None,
+    device: str,
     sparsity: str | None,
     task: str,
     data: str | None,
@@ -180,7 +185,7 @@ def _task(
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
         tokenizer = Tokenizer.load(path)
-        core = _core.Model(str(path), threads or 0)
+        core = _core.Model(str(path), threads or 0, device=device)
         try:
             config = json.loads(core.config_json)
             file = None

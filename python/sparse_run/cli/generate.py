@@ -13,6 +13,7 @@ from .common import (
     Waiting,
     budget_option,
     ctx_option,
+    device_option,
     json_option,
     load_model,
     model_option,
@@ -54,6 +55,7 @@ from .common import (
 @budget_option
 @stats_option
 @threads_option
+@device_option
 @ctx_option
 @json_option
 @verbosity_options
@@ -71,6 +73,7 @@ def command(
     memory_budget: str | None,
     stats: bool,
     threads: int | None,
+    device: str,
     ctx_size: int | None,
     as_json: bool,
     quiet: bool,
@@ -97,7 +100,13 @@ def command(
         raise UsageError("the prompt is empty")
     with (
         load_model(
-            model, threads=threads, ctx_size=ctx_size, quiet=quiet, sparsity=sparsity, memory_budget=memory_budget
+            model,
+            threads=threads,
+            ctx_size=ctx_size,
+            quiet=quiet,
+            sparsity=sparsity,
+            memory_budget=memory_budget,
+            device=device,
         ) as opened,
         opened.session() as session,
     ):
