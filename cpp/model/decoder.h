@@ -188,6 +188,11 @@ class Decoder {
   bool site_quantised(int layer, Site site) const;
   // Whether neurons that are exactly 0 are looked for in decode.
   bool skips_zeros(const Pass& pass) const { return pass.skipping.exact && true_zeros_; }
+  // Whether something is left out of blocks of tokens.
+  static bool masks_blocks(const Pass& pass) {
+    const Skipping& s = pass.skipping;
+    return (s.plan && s.mask_blocks) || (s.neurons && s.mask_neurons) || (s.predictor && s.mask_predicted);
+  }
   // Bytes of a layer's attention or FFN that a token which may skip some of them would read without skipping.
   void count_held(const Pass& pass, int pos, bool decode, size_t bytes) const;
   void count_kept(const Pass& pass, int layer, Site site, int kept) const;

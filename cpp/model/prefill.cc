@@ -152,7 +152,7 @@ void Decoder::prefill(int tid, const Pass& pass) {
       statistic->add(l, n, b.z.row(0), b.z.input().ldx, c.n_ff * tid / threads, c.n_ff * (tid + 1) / threads);
       pool_.barrier();
     }
-    if (f.ffn_sub_norm || pass.one || (pass.skipping.plan && pass.skipping.mask_blocks)) {
+    if (f.ffn_sub_norm || pass.one || masks_blocks(pass)) {
       for_rows(from, [&](int i) {
         if (f.ffn_sub_norm) {
           norm_row(f.ffn_sub_norm, b.z.row(i), c.n_ff, b.z.row(i));

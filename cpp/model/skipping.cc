@@ -64,9 +64,10 @@ const float* Decoder::threshold_for(const Pass& pass, int layer, Site site, int 
     if (const float* t = plan->threshold(layer, site)) return t;
   }
   // Neurons that were left out, or are exactly 0, need no column of down.
-  if (!decode || !site_quantised(layer, site)) return nullptr;
-  if (site == Site::O && head_predictor(pass, layer, pos, true)) return no_threshold_.data();
-  const bool zeros = skips_zeros(pass) || chosen(pass, layer, true) || neuron_predictor(pass, layer, pos, true) ||
+  if (!site_quantised(layer, site)) return nullptr;
+  if (site == Site::O && head_predictor(pass, layer, pos, decode)) return no_threshold_.data();
+  const bool predicted = !pass.skipping.measure && neuron_predictor(pass, layer, pos, decode);
+  const bool zeros = (decode && skips_zeros(pass)) || chosen(pass, layer, decode) || predicted ||
                      (planned && plan->threshold(layer, Site::G));
   if (site == Site::Z && zeros) return no_threshold_.data();
   return nullptr;

@@ -132,7 +132,11 @@ def test_sparse_decoding_has_the_bits_of_masked_prefill(
         for i in range(DENSE, len(ids)):
             single.eval(ids[i : i + 1])
             assert np.array_equal(single.logits(), expected[i])
-        assert 0.2 < single.density()["G"] < 0.8
+        found, of_blocks = single.density(), blocks.density()
+        assert 0.2 < found["G"] < 0.8
+        # What scoring in blocks says of bytes is what decoding reads, the columns of down included.
+        assert of_blocks["Z"] == found["Z"] < 0.8
+        assert of_blocks["body"] == pytest.approx(found["body"], rel=0.02)
 
 
 def test_level_0_is_dense(fits: dict[str, Fit], model: _core.Model, wiki: list[int]) -> None:

@@ -126,6 +126,8 @@ def test_predictors_decode_what_they_mask_in_blocks_and_report_it(model: _core.M
     density = decoding.density()
     assert 0.05 < density["N"] < 0.95 and 0.05 < density["H"] < 0.95 and 0 < density["body"] < 1.2
     assert "recall" not in density
+    of_blocks = masked.density()
+    assert [of_blocks[site] for site in "NHZO"] == [density[site] for site in "NHZO"]
     assert not np.array_equal(dense.eval_all(ids)[30], rows[30])
     # Measured: nothing is left out.
     measured = _core.Session(model, 128)
