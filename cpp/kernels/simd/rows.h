@@ -130,14 +130,14 @@ struct RowWalk {
   int ahead;         // positions
   int lines;         // 64-byte lines that a row touches at most
 
-  RowWalk(const NeuronMatrix& m, const int32_t* list, int last, bool gate, bool up)
+  SR_INLINE RowWalk(const NeuronMatrix& m, const int32_t* list, int last, bool gate, bool up)
       : w(m), ids(list), end(last), offset{gate ? 0 : m.up_offset(), m.up_offset()}, rows(gate && up ? 2 : 1) {
     const size_t bytes = m.row_bytes();
     ahead = int(std::max<size_t>(1, kRowsAheadBytes / (bytes * rows)));
     lines = int((bytes + std::max(offset[0] % 64, offset[rows - 1] % 64) + 63) / 64);
   }
   SR_INLINE const uint8_t* record(int k) const { return record_of(w, ids, k); }
-  void fetch(int k) const {
+  SR_INLINE void fetch(int k) const {
     for (int r = 0; r < rows; ++r)
       for (int i = 0; i < lines; ++i) __builtin_prefetch(record(k) + offset[r] + 64 * i, 0, 2);
   }
