@@ -107,6 +107,7 @@ CASES: dict[str, dict[str, Any]] = {
     "awq, groups of 128": {"method": "awq", "group": 128},
     "awq, groups of 64": {"method": "awq", "group": 64},
     "awq, groups of 32": {"method": "awq", "group": 32},
+    "awq, older names of settings": {"method": "awq", "group": 64, "quantisation": {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM", "zero_point": True}},
 }  # fmt: skip
 
 

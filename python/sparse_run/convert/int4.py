@@ -60,7 +60,7 @@ def packed_matrices(
     `settings` is config.json's quantization_config. Raises UnsupportedModelError, by name, for what differs from 4 bits in
     groups of 32, 64, 128 or one group a row, and ModelError where parts are missing or do not fit each other."""
     method = str(settings.get("quant_method", "unknown")).lower()
-    offset = _check_settings(settings, method, where)
+    group, offset = _check_settings(settings, method, where)
     recent = _Recent(4)  # gate and up are read in turn, and the next matrix begins while the last one ends
     found: dict[str, CheckpointTensor] = {}
     used: set[str] = set()
@@ -70,7 +70,7 @@ def packed_matrices(
             continue
         parts = {p: tensors[f"{stem}.{p}"] for p in PARTS if f"{stem}.{p}" in tensors}
         used.update(f"{stem}.{p}" for p in parts)
-        matrix = Int4Rows(stem, parts, method, settings.get("group_size", 128), offset, recent, where)
+        matrix = Int4Rows(stem, parts, method, group, offset, recent, where)
         found[f"{stem}.weight"] = CheckpointTensor(
             f"{stem}.weight",
             (matrix.rows, matrix.cols),
@@ -88,8 +88,8 @@ def _no_vector() -> NDArray[np.float32]:
     raise TypeError("a quantised matrix is no vector")
 
 
-def _check_settings(settings: Mapping[str, Any], method: str, where: str) -> int:
-    """What is added to stored zeros."""
+def _check_settings(settings: Mapping[str, Any], method: str, where: str) -> tuple[int, int]:
+    """Inputs of a group (-1: all of a row), and what is added to stored zeros."""
 
     def refuse(what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -98,8 +98,9 @@ def _check_settings(settings: Mapping[str, Any], method: str, where: str) -> int
 
     if method not in ("gptq", "awq"):
         raise refuse(f"quant_method {settings.get('quant_method', 'unknown')!r}")
-    if settings.get("bits", settings.get("w_bit")) != 4:
-        raise refuse(f"bits {settings.get('bits', settings.get('w_bit'))!r}")
+    bits = settings.get("bits", settings.get("w_bit"))
+    if bits != 4:
+        raise refuse(f"bits {bits!r}")
     group = settings.get("group_size", settings.get("q_group_size", 128))
     if group not in (-1, *GROUPS):
         raise refuse(f"group_size {group!r}")
@@ -109,13 +110,13 @@ def _check_settings(settings: Mapping[str, Any], method: str, where: str) -> int
             raise refuse(f"version {version!r}")
         if settings.get("zero_point", True) is not True:
             raise refuse("zero_point false")
-        return 0
+        return group, 0
     if settings.get("dynamic"):
         raise refuse("dynamic")
     kind = "marlin" if settings.get("is_marlin_format") else str(settings.get("checkpoint_format") or "gptq").lower()
     if kind not in ("gptq", "gptq_v2"):
         raise refuse(f"checkpoint_format {kind!r}")
-    return 1 if kind == "gptq" else 0
+    return group, 1 if kind == "gptq" else 0
 
 
 class Int4Rows:
