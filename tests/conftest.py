@@ -185,13 +185,20 @@ def run_cli() -> RunCli:
 
 
 @pytest.fixture(scope="session")
-def relu_checkpoint(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small ReLU Llama as a Hugging Face directory, trained on the spot (support/relu_model.py)."""
+def torch() -> Any:
+    """The module torch, on one thread, where transformers is there too."""
     try:
         import torch
         import transformers  # noqa: F401
     except ImportError as error:
         unavailable(f"{error.name} is not installed: pip install torch transformers")
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture(scope="session")
+def relu_checkpoint(shared_dir: Path, torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ReLU Llama as a Hugging Face directory, trained on the spot (support/relu_model.py)."""
     import relu_model
 
     text = (shared_dir / "data" / "calibration" / "c4.txt").read_text("utf-8")

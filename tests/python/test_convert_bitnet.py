@@ -4,9 +4,8 @@ the same weights, and what differs is refused by name."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,17 +27,6 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "attn_implementation": "eager",
 }
-
-
-@pytest.fixture(scope="module")
-def torch(need: Callable[[str], NoReturn]) -> Any:
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        need(f"{error.name} is not installed: pip install torch transformers")
-    torch.set_num_threads(1)
-    return torch
 
 
 def pack(ternary: NDArray[np.int8]) -> NDArray[np.uint8]:

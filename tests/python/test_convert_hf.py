@@ -6,10 +6,11 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
+from hf_models import write_tokenizer
 from packed_reader import read_packed
 from sparse_run import _core, registry
 from sparse_run.convert import convert
@@ -18,8 +19,9 @@ from sparse_run.errors import ModelError, UnsupportedModelError
 from sparse_run.models import rope
 from sparse_run.models.fields import Fields
 
+N_VOCAB = 300
 BASE = {
-    "vocab_size": 300,
+    "vocab_size": N_VOCAB,
     "hidden_size": 96,
     "intermediate_size": 160,
     "num_hidden_layers": 2,
@@ -27,40 +29,6 @@ BASE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-
-
-@pytest.fixture(scope="module")
-def torch(need: Callable[[str], NoReturn]) -> Any:
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        need(f"{error.name} is not installed: pip install torch transformers")
-    torch.set_num_threads(1)
-    return torch
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer.json of 300 tokens."""
-    from llama_gguf import byte_to_unicode
-
-    vocabulary = {token: i for i, token in enumerate([*byte_to_unicode(), *(f"<x{i}>" for i in range(44))])}
-    (folder / "tokenizer.json").write_text(
-        json.dumps(
-            {
-                "version": "1.0",
-                "added_tokens": [],
-                "pre_tokenizer": {
-                    "type": "ByteLevel",
-                    "add_prefix_space": False,
-                    "trim_offsets": True,
-                    "use_regex": True,
-                },
-                "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-                "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-            }
-        )
-    )
 
 
 def save(torch: Any, folder: Path, *, dtype: str = "float32", shards: bool = False, **changes: Any) -> Any:
@@ -73,7 +41,7 @@ def save(torch: Any, folder: Path, *, dtype: str = "float32", shards: bool = Fal
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.08 + (1.0 if p.dim() == 1 else 0.0))
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "5GB")
-    write_tokenizer(folder)
+    write_tokenizer(folder, N_VOCAB)
     return model
 
 

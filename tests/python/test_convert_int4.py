@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,17 +31,6 @@ CONFIG: dict[str, Any] = {
     "attn_implementation": "eager",
 }
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(scope="module")
-def torch(need: Callable[[str], NoReturn]) -> Any:
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        need(f"{error.name} is not installed: pip install torch transformers")
-    torch.set_num_threads(1)
-    return torch
 
 
 def settings(method: str, group: int, **changes: Any) -> dict[str, Any]:

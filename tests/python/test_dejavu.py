@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,16 +26,6 @@ from sparse_run.tokenizer import Tokenizer
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 RNG = np.random.default_rng(5)
-
-
-@pytest.fixture(scope="module")
-def torch(need: Callable[[str], NoReturn]) -> Any:
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        need(f"{error.name} is not installed: pip install torch transformers")
-    return torch
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,17 +20,6 @@ from sparse_run.errors import ModelError, UnsupportedModelError
 from sparse_run.template import ChatTemplate
 from sparse_run.tokenizer import Tokenizer
 from test_reference_families import BASE, CASES, N_VOCAB, build
-
-
-@pytest.fixture(scope="module")
-def torch(need: Callable[[str], NoReturn]) -> Any:
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        need(f"{error.name} is not installed: pip install torch transformers")
-    torch.set_num_threads(1)
-    return torch
 
 
 def case(name: str) -> Any:

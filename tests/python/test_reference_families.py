@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,17 +143,6 @@ CASES = [
     Case("BitNet as floats: norms in front of o and down, gated squared ReLU", "BitNet", base(intermediate_size=192, attention_bias=True)),
     Case("Arcee: squared ReLU, YaRN", "Arcee", base(rope_parameters=YARN), "arcee"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def torch(need: Callable[[str], NoReturn]) -> Any:
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        need(f"{error.name} is not installed: pip install torch transformers")
-    torch.set_num_threads(1)
-    return torch
 
 
 def build(case: Case, torch: Any) -> Any:

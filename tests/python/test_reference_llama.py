@@ -14,10 +14,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
+from hf_models import reference_logits
 from llama_gguf import LlamaShape, byte_level_vocabulary, f32_source, permute_qk, write_llama_gguf
 
 PROMPT, STEPS, TOLERANCE = 64, 16, 1e-3
@@ -57,18 +58,6 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def torch(need: Callable[[str], NoReturn]) -> Any:
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        need(f"{error.name} is not installed: pip install torch==2.13.0 transformers")
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    return torch
-
-
 def reference_model(case: Case, torch: Any, *, strong: bool) -> Any:
     """A transformers model. Strong weights keep activations at order 1, as those of a trained model do; otherwise the
     matrices have the standard deviation 0.02 that transformers itself draws."""
@@ -102,20 +91,6 @@ def reference_model(case: Case, torch: Any, *, strong: bool) -> Any:
                 deviation = width / math.sqrt(p.shape[1]) if strong else 0.02
                 p.copy_(torch.randn(p.shape, generator=generator) * deviation)
     return model
-
-
-def reference_logits(model: Any, tokens: np.ndarray, torch: Any, *, half_cache: bool) -> np.ndarray:
-    """Logits of all tokens, float32 [n, n_vocab]; keys and values rounded to float16 if asked for."""
-    from transformers import DynamicCache
-
-    class HalfCache(DynamicCache):  # type: ignore[misc]
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().update(key_states.half().float(), value_states.half().float(), *args, **kwargs)
-
-    cache = HalfCache() if half_cache else DynamicCache()
-    with torch.no_grad():
-        out = model(torch.from_numpy(tokens.astype(np.int64))[None], past_key_values=cache, use_cache=True)
-    return np.asarray(out.logits[0].numpy())
 
 
 def llama3_factors(s: LlamaShape) -> np.ndarray:
