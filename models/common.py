@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ModelError, UnsupportedModelError
 from .fields import Fields
+from .rope import LONG_FACTORS, Scaling
 
 Config = dict[str, Any]
 
@@ -34,8 +35,8 @@ class Decoder:
     # Role patterns that must be there, and that may be.
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    # Divisors of the inverse RoPE frequencies [rope_dims / 2], where a scaling is used.
-    rope_factors: list[float] | None = None
+    # Divisors of the inverse RoPE frequencies, where a scaling is used.
+    rope_scaling: Scaling = field(default_factory=Scaling)
     # Layers with a window have a RoPE of their own (rope_theta_local, rope_mscale_local), which no factors scale.
     local_rope: bool = False
     # Where this checkpoint differs from its architecture: names, and what is fused.
@@ -117,6 +118,7 @@ GGUF_NAMES: Mapping[str, str] = _names(
         "output_norm": "output_norm.weight",
         "output_norm.bias": "output_norm.bias",
         "rope_factors": "rope_freqs.weight",
+        "rope_factors_long": LONG_FACTORS,
     },
 )
 HF_NAMES: Mapping[str, str] = _names(
@@ -166,6 +168,7 @@ def expected_shape(role: str, config: Config, fused: Mapping[str, Fused] | None 
         "attn_sub_norm": (q,),
         "ffn_sub_norm": (ff,),
         "rope_factors": (int(config.get("rope_dims") or head) // 2,),
+        "rope_factors_long": (int(config.get("rope_dims") or head) // 2,),
     }
     if fused and base in fused:
         parts = [shapes[part] for part in fused[base].parts]

@@ -86,7 +86,7 @@ def hf_config(fields: Fields, n_vocab: int) -> Decoder:
         "head_dim": head_dim,
         "n_ff": fields.integer("ffn_hidden_size", 4 * n_embd),
         "n_vocab": n_vocab,
-        "n_ctx_train": min(context, rope.scaling.context or context),
+        "n_ctx_train": context,
         "norm": "layer",
         "norm_eps": fields.number("layer_norm_epsilon", 1e-5, high=1.0),
         **hf_activation(fields, "activation", "gelu"),
@@ -98,7 +98,7 @@ def hf_config(fields: Fields, n_vocab: int) -> Decoder:
     required = (*GLOBAL, *GLOBAL_NORM_BIAS, *MATRICES)
     if fields.flag("bias", False):
         required += tuple(role + ".bias" for role in MATRICES)
-    decoder = Decoder(config, required, () if tied else ("output",), rope.scaling.factors)
+    decoder = Decoder(config, required, () if tied else ("output",), rope.scaling)
     two_norms = fields.integer("num_ln_in_parallel_attn", 2 if modern else 1) == 2
     if two_norms and not (modern and parallel):
         raise fields.unsupported("num_ln_in_parallel_attn", "is 2 without the new decoder; not supported")

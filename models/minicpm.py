@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from .common import GGUF_NAMES, Architecture, Decoder
+from .common import Architecture, Decoder
 from .fields import Fields
 from .usual import gguf_decoder, hf_decoder
 
@@ -39,6 +39,5 @@ ARCHITECTURE = Architecture(
     hf=("MiniCPMForCausalLM",),
     gguf_config=gguf_config,
     hf_config=hf_config,
-    gguf_names={**GGUF_NAMES, "rope_factors": "rope_factors_short.weight"},
-    ignored=("rope_factors_long.weight", "model.layers.{i}.self_attn.rotary_emb.inv_freq"),
+    ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )

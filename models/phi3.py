@@ -1,14 +1,13 @@
 """Phi-3, Phi-3.5 and Phi-4: Llama whose checkpoints fuse q, k, v and gate, up, with a window and LongRoPE on some models.
 
-LongRoPE has two sets of factors: one up to the context before scaling, one beyond it. The packed model holds the first, and
-says that its context ends there.
+LongRoPE has two sets of factors: one for contexts up to that before scaling, one for longer ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from .common import GGUF_NAMES, Architecture, Decoder, Fused, in_layers
+from .common import Architecture, Decoder, Fused, in_layers
 from .fields import Fields
 from .rope import hf_rope
 from .usual import GLOBAL, gguf_decoder, hf_decoder, hf_window
@@ -56,7 +55,5 @@ ARCHITECTURE = Architecture(
     hf=("Phi3ForCausalLM",),
     gguf_config=gguf_config,
     hf_config=hf_config,
-    gguf_names={**GGUF_NAMES, "rope_factors": "rope_factors_short.weight"},
     fused=FUSED,
-    ignored=("rope_factors_long.weight",),
 )

@@ -12,15 +12,19 @@ from typing import Any
 from ..errors import UnsupportedModelError
 from .fields import Fields
 
+# LongRoPE's divisors in GGUF files.
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+
 
 @dataclass(frozen=True)
 class Scaling:
-    """`factors` [dims / 2] divide the inverse frequencies (None for none), `mscale` is the factor on cos and sin; `context`
-    is the longest one for which they hold where that is shorter than the checkpoint's."""
+    """`factors` [dims / 2] divide the inverse frequencies (None for none), `mscale` is the factor on cos and sin. LongRoPE:
+    contexts longer than `short_context` have `long_factors` instead, which are the checkpoint's tensors where None."""
 
     factors: list[float] | None = None
     mscale: float = 1.0
-    context: int | None = None
+    short_context: int | None = None
+    long_factors: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,14 @@ def llama3(dims: int, theta: float, factor: float, low_freq: float, high_freq: f
 
 def gguf_scaling(fields: Fields, dims: int, theta: float, context: int) -> Scaling:
     """The scaling that a GGUF file's metadata ask for. The divisors in a file's `rope_freqs` tensor come on top; those of
-    LongRoPE lie in `rope_factors_short`, which is right up to the length before scaling."""
+    LongRoPE lie in `rope_factors_short` and `rope_factors_long`, and Phi-3's converters tell of it by these alone."""
     kind = fields.text("rope.scaling.type", "linear")
     # Old converters wrote only the factor of a linear scaling.
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
     attention = fields.number("rope.scaling.attn_factor", 1.0)
     original = fields.integer("rope.scaling.original_context_length", context, high=1 << 30)
-    if kind == "longrope":
-        return Scaling(None, attention, min(original, context))
+    if kind == "longrope" or LONG_FACTORS in fields.tensors:
+        return Scaling(None, attention, original)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return Scaling(None, attention)
     if kind == "linear":
@@ -165,10 +169,10 @@ def _hf_scaling(fields: Fields, kind: str, dims: int, theta: float, context: int
     if kind == "default":
         return Scaling()
     if kind in ("longrope", "su"):
-        fields.numbers("long_factor", dims // 2)  # for contexts that are longer than the one before scaling
+        long_factors = fields.numbers("long_factor", dims // 2)
         factor = fields.number("factor", context / original)
         mscale = fields.number("attention_factor", longrope_mscale(factor, original))
-        return Scaling(fields.numbers("short_factor", dims // 2), mscale, min(original, context))
+        return Scaling(fields.numbers("short_factor", dims // 2), mscale, original, long_factors)
     factor = fields.number("factor")
     if kind == "linear":
         return Scaling([factor] * (dims // 2))

@@ -14,7 +14,7 @@ from .common import (
     in_layers,
 )
 from .fields import Fields
-from .rope import Rope, gguf_scaling, hf_rope
+from .rope import SHORT_FACTORS, Rope, gguf_scaling, hf_rope
 
 GLOBAL = ("token_embd", "output_norm")
 GLOBAL_NORM_BIAS = ("output_norm.bias",)
@@ -99,7 +99,7 @@ def hf_decoder(
         "head_dim": head_dim,
         "n_ff": fields.integer("intermediate_size"),
         "n_vocab": n_vocab,
-        "n_ctx_train": min(n_ctx, rope.scaling.context or n_ctx),
+        "n_ctx_train": n_ctx,
         "norm": norm,
         "norm_eps": fields.number(*eps, high=1.0),
         **hf_activation(fields, *activation),
@@ -108,17 +108,20 @@ def hf_decoder(
         "tied_embeddings": fields.flag("tie_word_embeddings", tied),
     }
     optional = () if config["tied_embeddings"] else ("output",)
-    return Decoder(config, required, optional, rope.scaling.factors)
+    return Decoder(config, required, optional, rope.scaling)
 
 
 def rope_config(rope: Rope, style: str) -> Config:
     """The rotation in the packed model's keys."""
-    return {
+    config: Config = {
         "rope_style": style,
         "rope_dims": rope.dims,
         "rope_theta": rope.theta,
         "rope_mscale": rope.scaling.mscale,
     }
+    if rope.scaling.short_context is not None:
+        config["rope_long_context"] = rope.scaling.short_context
+    return config
 
 
 def hf_windows(fields: Fields, layers: int, window: int | None, default: list[bool]) -> list[int]:
@@ -180,14 +183,18 @@ def gguf_decoder(
         "head_dim": head_dim,
         "n_ff": fields.integer("feed_forward_length"),
         "n_vocab": n_vocab,
-        "n_ctx_train": min(context, scaling.context or context),
+        "n_ctx_train": context,
         "norm": norm,
         "norm_eps": fields.number(eps, high=1.0),
         "activation": activation,
         "ffn_gated": gated,
         **rope_config(Rope(dims, base, scaling), rope_style),
     }
-    return Decoder(config, required, ("output", "rope_factors", *biases, *optional), scaling.factors)
+    optional = ("output", "rope_factors", *biases, *optional)
+    if scaling.short_context is None:
+        return Decoder(config, required, optional, scaling)
+    required += ("rope_factors", "rope_factors_long")
+    return Decoder(config, required, optional, scaling, names={"rope_factors": SHORT_FACTORS})
 
 
 def gguf_windows(fields: Fields, layers: int, default: list[bool], window: int | None = None) -> list[int]:

@@ -106,11 +106,12 @@ void DeviceDecoder::load(const PackedModel&) {
   if (!weights_.output.empty()) output_ = DeviceMatrix(weights_.output.parts, weights_.output.bias, "output");
   output_norm_ = norm(weights_.output_norm, embd);
   if (weights_.position_embd) position_embd_ = upload(weights_.position_embd, size_t(weights_.n_positions) * embd);
-  for (int local = 0; local < 2 && c.rope_style != RopeStyle::none; local++) {
+  for (int i = 0; i < (weights_.rope_factors_long ? 4 : 2) && c.rope_style != RopeStyle::none; i++) {
+    const bool local = i % 2 == 1;
+    const float* factors = local ? weights_.rope_factors_local : weights_.rope_factors;
     const Rope rope(c.rope_style, c.rope_dims, local ? c.rope_theta_local : c.rope_theta,
-                    local ? weights_.rope_factors_local : weights_.rope_factors,
-                    local ? c.rope_mscale_local : c.rope_mscale);
-    frequency_[local] = to_device(rope.frequency().data(), rope.frequency().size(), kWeights);
+                    i < 2 ? factors : weights_.rope_factors_long, local ? c.rope_mscale_local : c.rope_mscale);
+    frequency_[i] = to_device(rope.frequency().data(), rope.frequency().size(), kWeights);
   }
   const bool full = c.qk_norm == QkNorm::full;
   const size_t q_width = size_t(full ? c.n_attn() : c.head_dim), k_width = size_t(full ? c.n_kv() : c.head_dim);

@@ -101,7 +101,7 @@ class DeviceDecoder {
   DeviceMatrix embd_, output_;
   NormView output_norm_ = {};
   const float* position_embd_ = nullptr;
-  DeviceBuffer<double> frequency_[2];  // of global and of windowed layers
+  DeviceBuffer<double> frequency_[4];  // of global and of windowed layers; the same for long contexts
   DeviceBuffer<float> zeros_;          // [widest site]: a threshold that drops only what is exactly 0
 
   // Working memory of a pass, for up to kMaxBlock tokens.

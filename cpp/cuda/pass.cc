@@ -32,8 +32,9 @@ void DeviceDecoder::begin(const Pass& p) {
     bool used = false;
     for (int l = 0; l < c.n_layers; l++) used = used || (c.window[size_t(l)] != 0) == (local == 1);
     if (!used) continue;
-    rope_tables(stream_, frequency_[local].data(), c.rope_dims / 2, local ? c.rope_mscale_local : c.rope_mscale,
-                step_.data(), p.n, rope_table_[local].data());
+    const bool wide = frequency_[2].size() && p.cache->n_ctx() > c.rope_long_context;
+    rope_tables(stream_, frequency_[local + 2 * wide].data(), c.rope_dims / 2,
+                local ? c.rope_mscale_local : c.rope_mscale, step_.data(), p.n, rope_table_[local].data());
   }
   pending_[0] = pending_[1] = {};
 }

@@ -23,8 +23,8 @@ void Decoder::decode(int tid, const Pass& pass) {
 
   embed_row(pass, 0, t.x.data());
   if (tid == 0) {
-    rope_.fill(pass.pos, rope_table_.data());
-    rope_local_.fill(pass.pos, rope_table_local_.data());
+    rope_in(*pass.cache, false).fill(pass.pos, rope_table_.data());
+    rope_in(*pass.cache, true).fill(pass.pos, rope_table_local_.data());
   }
   for (int l = 0; l < c.n_layers; l++) {
     const LayerWeights& w = attention_weights(l);

@@ -39,6 +39,10 @@ Decoder::Decoder(const PackedModel& model, int threads)
       rope_(config_.rope_style, config_.rope_dims, config_.rope_theta, weights_.rope_factors, config_.rope_mscale),
       rope_local_(config_.rope_style, config_.rope_dims, config_.rope_theta_local, weights_.rope_factors_local,
                   config_.rope_mscale_local),
+      rope_long_(config_.rope_style, config_.rope_dims, config_.rope_theta, weights_.rope_factors_long,
+                 config_.rope_mscale),
+      rope_long_local_(config_.rope_style, config_.rope_dims, config_.rope_theta_local, weights_.rope_factors_long,
+                       config_.rope_mscale_local),
       pool_(threads) {
   const DecoderConfig& c = config_;
   int qkv_rows = 0;

@@ -208,10 +208,15 @@ class Decoder {
   void finish_logits(float* logits, int begin, int end);
   int first_key(int layer, int pos) const;
   const Rope& rope_of(int layer) const { return config_.window[size_t(layer)] ? rope_local_ : rope_; }
+  // What fills the tables: by the room of a cache and not by what it holds, so that all its positions agree.
+  const Rope& rope_in(const KvCache& cache, bool local) const {
+    const bool wide = weights_.rope_factors_long && cache.n_ctx() > config_.rope_long_context;
+    return wide ? (local ? rope_long_local_ : rope_long_) : (local ? rope_local_ : rope_);
+  }
 
   DecoderConfig config_;
   DecoderWeights weights_;
-  Rope rope_, rope_local_;
+  Rope rope_, rope_local_, rope_long_, rope_long_local_;
   ThreadPool pool_;
   FairMutex turn_;  // the pool and everything below belong to the pass that holds it
 

@@ -107,6 +107,8 @@ DecoderConfig read_decoder_config(const PackedModel& model) {
   c.rope_mscale = float(r.number("rope_mscale", 1, 1e-3, 1e3));
   c.rope_mscale_local = float(r.number("rope_mscale_local", c.rope_mscale, 1e-3, 1e3));
 
+  if (model.config().find("rope_long_context")) c.rope_long_context = r.integer("rope_long_context", 1, 1 << 30);
+
   c.attn_scale = float(r.number("attn_scale", 1 / std::sqrt(double(c.head_dim)), -1e6, 1e6));
   c.attn_softcap = float(r.number("attn_softcap", 0, 0, 1e9));
   c.logit_softcap = float(r.number("logit_softcap", 0, 0, 1e9));

@@ -27,6 +27,7 @@ struct DecoderConfig {
   int rope_dims = 0;
   double rope_theta = 10000, rope_theta_local = 10000;
   float rope_mscale = 1, rope_mscale_local = 1;
+  int rope_long_context = 0;  // sessions with more room than this rotate by rope_factors_long; 0 = none do
   float attn_scale = 1;
   float attn_softcap = 0, logit_softcap = 0;
   float embedding_scale = 1, residual_scale = 1, logit_scale = 1;

@@ -76,8 +76,8 @@ void Decoder::prefill(int tid, const Pass& pass) {
   for_rows(0, [&](int i) {
     if (pass.one) std::copy_n(pass.one->x + size_t(i) * embd, embd, x_row(i));
     else embed_row(pass, i, x_row(i));
-    rope_.fill(pass.pos + i, b.rope_table.data() + size_t(i) * c.rope_dims);
-    rope_local_.fill(pass.pos + i, b.rope_table_local.data() + size_t(i) * c.rope_dims);
+    rope_in(*pass.cache, false).fill(pass.pos + i, b.rope_table.data() + size_t(i) * c.rope_dims);
+    rope_in(*pass.cache, true).fill(pass.pos + i, b.rope_table_local.data() + size_t(i) * c.rope_dims);
   });
   int from = 0;  // rows before it are done: their keys and values are all that is still wanted
   const int first_layer = pass.one ? pass.one->layer : 0, last_layer = pass.one ? first_layer + 1 : c.n_layers;

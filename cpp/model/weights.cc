@@ -73,6 +73,7 @@ DecoderWeights load_weights(const PackedModel& model, const DecoderConfig& c, in
   if (c.rope_style != RopeStyle::none) {
     w.rope_factors = model.vector("rope_factors", {c.rope_dims / 2}, false);
     w.rope_factors_local = model.vector("rope_factors_local", {c.rope_dims / 2}, false);
+    if (c.rope_long_context) w.rope_factors_long = model.vector("rope_factors_long", {c.rope_dims / 2}, true);
   }
   for (int i = 0; i < c.n_layers; i++) {
     w.layers.push_back(load_layer(model, c, "layers." + std::to_string(i) + ".", threads));

@@ -41,6 +41,7 @@ struct DecoderWeights {
   int n_positions = 0;
   const float* rope_factors = nullptr;   // [rope_dims / 2]
   const float* rope_factors_local = nullptr;
+  const float* rope_factors_long = nullptr;  // instead of both, see DecoderConfig::rope_long_context
   std::vector<LayerWeights> layers;
   size_t bytes_per_token = 0;            // what one decoded token reads
 

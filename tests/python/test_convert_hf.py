@@ -136,7 +136,10 @@ def test_rope_scalings_are_those_of_transformers(torch: Any) -> None:
             plain = theta ** (-np.arange(64) / 64)
             np.testing.assert_allclose(plain / np.array(scaled.factors), expected.numpy(), rtol=2e-6)
             assert scaled.mscale == pytest.approx(attention, rel=1e-6)
-            assert scaled.context == (original if kind == "longrope" else None)
+            assert scaled.short_context == (original if kind == "longrope" else None)
+            if kind == "longrope":
+                beyond, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=original + 1)
+                np.testing.assert_allclose(plain / np.array(scaled.long_factors), beyond.numpy(), rtol=2e-6)
 
 
 def test_gguf_scaling_keys_mean_the_same() -> None:

@@ -207,13 +207,41 @@ def test_the_text_part_of_gemma_3_with_images(renamed: bool, torch: Any, tmp_pat
     assert facts["architecture"] == "gemma3" and facts["window"] == 20
 
 
-def test_longrope_ends_where_its_first_factors_do(torch: Any, tmp_path: Path) -> None:
-    folder = saved("Phi-4 mini", torch, tmp_path / "hf")
+def test_the_room_of_a_session_decides_which_factors_of_longrope_hold(torch: Any, tmp_path: Path) -> None:
+    from sparse_run import _core
+
+    model = build(case("Phi-3 128k"), torch)
+    folder = saved("Phi-3 128k", torch, tmp_path / "hf")
     convert(folder, tmp_path / "packed")
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
-    assert config["n_ctx_train"] == 512 and config["rope_mscale"] > 1
+    assert config["n_ctx_train"] == 2048 and config["rope_long_context"] == 48 and config["rope_mscale"] > 1
+    tokens = np.random.default_rng(3).integers(0, N_VOCAB, 48).astype(np.int32)
+    short = reference_logits(model, tokens, torch)
+    core = _core.Model(str(tmp_path / "packed"), 1)
+
+    def logits(room: int) -> Any:
+        return _core.Session(core, room).eval_all(tokens)
+
+    assert np.abs(logits(48) - short).max() < 1e-3
+    # One token of room more, and what is read first is turned as it will be when the context is full.
+    assert np.abs(logits(49) - short).max() > 0.05
+    np.testing.assert_array_equal(logits(49), logits(2048))
+    core.close()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_longrope_of_gguf_is_known_by_its_tensors(named: bool, torch: Any, tmp_path: Path) -> None:
+    from family_gguf import write_family_gguf
+
+    model = build(case("Phi-3 128k"), torch)
+    if not named:  # as the converters of Phi-3 write it
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "default"}
+    write_family_gguf(tmp_path / "model.gguf", "phi3", model)
+    convert(tmp_path / "model.gguf", tmp_path / "packed")
     tensors, _ = read_packed(tmp_path / "packed")
+    np.testing.assert_allclose(tensors["rope_factors_long"], [4.0 + i for i in range(6)])
     np.testing.assert_allclose(tensors["rope_factors"], [1.0 + i / 5 for i in range(6)])
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["rope_long_context"] == 48
 
 
 class TestTokenizers:

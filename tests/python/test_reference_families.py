@@ -106,6 +106,14 @@ MINICPM = {
 }
 SHORT, LONG = [1.0 + i / 5 for i in range(6)], [4.0 + i for i in range(6)]
 
+
+def longrope(original: int, **more: Any) -> dict[str, Any]:
+    """LongRoPE: the short factors up to `original` tokens, the long ones in what is longer."""
+    factors = {"short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": original}
+    scaling = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, **factors}
+    return base(max_position_embeddings=2048, original_max_position_embeddings=original, rope_parameters=scaling, **more)
+
+
 CASES = [
     Case("Llama: biases everywhere", "Llama", base(attention_bias=True, mlp_bias=True), "llama"),
     Case("ReluLLaMA: ReLU, tied", "Llama", base(hidden_act="relu", tie_word_embeddings=True)),
@@ -127,7 +135,8 @@ CASES = [
     Case("SmolLM 3: windows, biases, another pattern", "SmolLM3", base(use_sliding_window=True, sliding_window=20, no_rope_layers=[1, 0, 0], attention_bias=True, mlp_bias=True)),
     Case("Phi-3: fused, window", "Phi3", base(sliding_window=24)),
     Case("Phi-3: fused", "Phi3", base(), "phi3"),
-    Case("Phi-4 mini: LongRoPE on three quarters of a head", "Phi3", base(tie_word_embeddings=True, max_position_embeddings=2048, original_max_position_embeddings=512, rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 512}), "phi3"),
+    Case("Phi-4 mini: LongRoPE on three quarters of a head", "Phi3", longrope(512, tie_word_embeddings=True), "phi3"),
+    Case("Phi-3 128k: a context beyond the first, window", "Phi3", longrope(48, sliding_window=24), "phi3"),
     Case("OPT", "OPT", {"vocab_size": N_VOCAB, "hidden_size": 64, "ffn_dim": 200, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 96, "attn_implementation": "eager", "word_embed_proj_dim": 64}),
     Case("Falcon 7B: one key head", "Falcon", SMALL_FALCON, "falcon"),
     Case("Falcon 7B: 40 queries on one key head", "Falcon", {**SMALL_FALCON, "hidden_size": 320, "num_attention_heads": 40, "num_hidden_layers": 2}, "falcon"),

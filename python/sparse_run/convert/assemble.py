@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from .writer import TensorData
 
-_GLOBAL_VECTORS = ("output_norm", "output_norm.bias", "position_embd", "rope_factors", "rope_factors_local")
+_GLOBAL_VECTORS = (
+    "output_norm",
+    "output_norm.bias",
+    "position_embd",
+    "rope_factors",
+    "rope_factors_local",
+    "rope_factors_long",
+)
 _LAYER_VECTORS = (
     "attn_norm",
     "attn_norm.bias",

@@ -148,16 +148,20 @@ def _add_rope_factors(checkpoint: Checkpoint, config: Mapping[str, Any], roles: 
     import numpy as np
 
     decoder = checkpoint.decoder
-    stored = roles.get("rope_factors")
-    if decoder.rope_factors is not None:
-        factors = np.asarray(decoder.rope_factors, np.float32)
-        stored = roles["rope_factors"] = factors * stored if isinstance(stored, np.ndarray) else factors
-    if not isinstance(stored, np.ndarray):
-        return
-    if not (stored > 0).all():
-        raise ModelError(f"{checkpoint.where}: RoPE factors that are not positive; the file is damaged, fetch it again")
-    if any(config.get("window") or ()) and not decoder.local_rope:
-        roles["rope_factors_local"] = stored
+    scaling = decoder.rope_scaling
+    if decoder.local_rope and scaling.short_context is not None:
+        raise UnsupportedModelError(f"{checkpoint.where}: LongRoPE beside another rotation of windowed layers")
+    for name, factors in (("rope_factors", scaling.factors), ("rope_factors_long", scaling.long_factors)):
+        stored = roles.get(name)
+        if factors is not None:
+            own = np.asarray(factors, np.float32)
+            stored = roles[name] = own * stored if isinstance(stored, np.ndarray) else own
+        if isinstance(stored, np.ndarray) and not (stored > 0).all():
+            raise ModelError(
+                f"{checkpoint.where}: RoPE factors that are not positive; the file is damaged, fetch it again"
+            )
+    if "rope_factors" in roles and any(config.get("window") or ()) and not decoder.local_rope:
+        roles["rope_factors_local"] = roles["rope_factors"]
 
 
 def convert_checkpoint(

@@ -47,7 +47,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         about = {**checkpoint.about, "architecture": checkpoint.architecture.name}
         config = {**about, **config, "tied_embeddings": "output" not in roles}
         kind = "safetensors" if path.is_dir() else "gguf"
-        scaled = checkpoint.decoder.rope_factors is not None or "rope_factors" in roles
+        scaled = checkpoint.decoder.rope_scaling.factors is not None or "rope_factors" in roles
         return {"path": str(path), "format": kind, **_facts(config, scaled), "natural_sparsity": None, **_sizes(weights)}
 
 
