@@ -4,7 +4,6 @@
 
 #include <cstdlib>
 #include <fstream>
-#include <random>
 #include <thread>
 
 #include "check.h"
@@ -13,23 +12,17 @@
 #include "model/decoder.h"
 #include "sparse_run/engine.h"
 #include "sparse_run/error.h"
-#include "tiny_model.h"
+#include "tiny_runs.h"
 
 using sr::Error;
 using sr::ErrorCode;
 using sr::Logits;
 using sr_test::FaultSource;
+using sr_test::some_tokens;
 using sr_test::TinyModel;
 using sr_test::TinySpec;
 
 namespace {
-
-std::vector<int32_t> some_tokens(int n, int vocab, uint32_t seed = 11) {
-  std::mt19937 rng(seed);
-  std::vector<int32_t> ids;
-  for (int i = 0; i < n; i++) ids.push_back(int32_t(rng() % uint32_t(vocab)));
-  return ids;
-}
 
 // A decoder with exactly `room` bytes for weights; 0: all in memory.
 struct Opened {

@@ -44,6 +44,10 @@ void check_equal(const char* file, int line, const char* text, const A& a, const
   if (!(a == b)) fail(file, line, both(text, a, b));
 }
 
+inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
 }  // namespace sr_test
 
 #define SR_JOIN2(a, b) a##b

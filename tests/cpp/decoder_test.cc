@@ -9,55 +9,25 @@
 #include "check.h"
 #include "sparse_run/engine.h"
 #include "sparse_run/error.h"
-#include "tiny_model.h"
+#include "tiny_runs.h"
 #include "tiny_variants.h"
 
 using sr::Error;
 using sr::ErrorCode;
 using sr::Model;
 using sr::Session;
+using sr_test::in_blocks;
+using sr_test::open_model;
+using sr_test::same_bits;
+using sr_test::some_tokens;
+using sr_test::stepwise;
 using sr_test::TinyModel;
 using sr_test::TinySpec;
 using sr_test::variants;
 
 namespace {
 
-Model open_model(const TinyModel& tiny, int threads) {
-  sr::ModelOptions options;
-  options.path = tiny.path();
-  options.threads = threads;
-  return Model(options);
-}
-
-std::vector<int32_t> some_tokens(int n, int vocab, uint32_t seed = 11) {
-  std::mt19937 rng(seed);
-  std::vector<int32_t> ids;
-  for (int i = 0; i < n; i++) ids.push_back(int32_t(rng() % uint32_t(vocab)));
-  return ids;
-}
-
 std::vector<float> logits_of(const Session& s) { return std::vector<float>(s.logits(), s.logits() + s.n_vocab()); }
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-std::vector<float> all_logits(Session& s, const std::vector<int32_t>& ids) {
-  std::vector<float> out(ids.size() * size_t(s.n_vocab()));
-  s.eval_all(ids.data(), int(ids.size()), out.data());
-  return out;
-}
-
-// Every token's logits, one token at a time.
-std::vector<float> stepwise(Session& s, const std::vector<int32_t>& ids) {
-  std::vector<float> out;
-  for (int32_t id : ids) {
-    s.eval(&id, 1);
-    const auto l = logits_of(s);
-    out.insert(out.end(), l.begin(), l.end());
-  }
-  return out;
-}
 
 }  // namespace
 
@@ -69,7 +39,7 @@ TEST_CASE("decoder: the same bits for any number of threads, in prefill and in d
     for (int threads : {1, 2, 3, 5}) {
       const Model model = open_model(tiny, threads);
       Session a(model, 64), b(model, 64);
-      const auto p = all_logits(a, ids), d = stepwise(b, ids);
+      const auto p = in_blocks(a, ids), d = stepwise(b, ids);
       if (threads == 1) {
         prefill = p;
         decode = d;
@@ -100,7 +70,7 @@ TEST_CASE("decoder: long contexts, many blocks and chunks: prefill, decode, any 
     at += n;
   }
   CHECK(same_bits(logits_of(c), want));
-  const auto every = all_logits(d, ids);
+  const auto every = in_blocks(d, ids);
   CHECK(same_bits(std::vector<float>(every.end() - spec.n_vocab, every.end()), want));
   CHECK(same_bits(logits_of(d), want));
 }
@@ -114,10 +84,10 @@ TEST_CASE("decoder: what follows depends on every earlier token, as far as the w
     const Model model = open_model(tiny, 2);
     auto ids = some_tokens(60, spec.n_vocab);
     Session a(model, 64);
-    const auto before = all_logits(a, ids);
+    const auto before = in_blocks(a, ids);
     ids[5] = (ids[5] + 1) % spec.n_vocab;
     Session b(model, 64);
-    const auto after = all_logits(b, ids);
+    const auto after = in_blocks(b, ids);
     const size_t width = size_t(spec.n_vocab);
     const auto row_equal = [&](size_t i) { return !std::memcmp(&before[i * width], &after[i * width], width * 4); };
     for (size_t i = 0; i < 5; i++) CHECK(row_equal(i));

@@ -11,34 +11,15 @@ using namespace sr_test;
 
 namespace {
 
-std::vector<const KernelTable*> runnable() {
-  std::vector<const KernelTable*> out;
-  int n = 0;
-  const IsaEntry* entries = isa_entries(&n);
-  for (int i = 0; i < n; ++i)
-    if (entries[i].supported) out.push_back(entries[i].table);
-  return out;
-}
-const KernelTable& generic() { return *runnable().back(); }
-
 struct Shape {
   int rows, cols, panel_rows;
 };
 const Shape kShapes[] = {{64, 32, 64}, {100, 96, 128}, {192, 64, 128}, {576, 576, 320}, {1000, 352, 448}, {64, 40, 64}};
-struct Layout {
-  WeightKind kind;
-  int group;
-  bool min;
-};
 const Layout kLayouts[] = {
     {WeightKind::q4, 32, false}, {WeightKind::q4, 32, true}, {WeightKind::q4, 16, false}, {WeightKind::q4, 16, true},
     {WeightKind::q5, 32, false}, {WeightKind::q5, 32, true}, {WeightKind::q5, 16, true},  {WeightKind::q6, 16, false},
     {WeightKind::q6, 32, true},  {WeightKind::q6, 16, true}, {WeightKind::q8, 32, false}, {WeightKind::q8, 32, true},
     {WeightKind::q8, 16, false}};
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && !std::memcmp(a.data(), b.data(), a.size() * sizeof(float));
-}
 
 template <class Fn>
 void each_layout_and_shape(Fn fn) {

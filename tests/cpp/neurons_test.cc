@@ -2,57 +2,27 @@
 // any number of threads, in both layouts; what a layout cannot do is refused with the remedy.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "check.h"
 #include "sparse_run/engine.h"
 #include "sparse_run/error.h"
-#include "tiny_model.h"
+#include "tiny_runs.h"
 
 using sr::Density;
 using sr::Error;
 using sr::Model;
 using sr::Session;
 using sr::Sparsity;
+using sr_test::in_blocks;
+using sr_test::open_model;
+using sr_test::same_bits;
+using sr_test::some_tokens;
+using sr_test::stepwise;
 using sr_test::TinyModel;
 using sr_test::TinySpec;
 
 namespace {
-
-Model open_model(const TinyModel& tiny, int threads) {
-  sr::ModelOptions options;
-  options.path = tiny.path();
-  options.threads = threads;
-  return Model(options);
-}
-
-std::vector<int32_t> some_tokens(int n, int vocab, uint32_t seed = 11) {
-  std::mt19937 rng(seed);
-  std::vector<int32_t> ids;
-  for (int i = 0; i < n; i++) ids.push_back(int32_t(rng() % uint32_t(vocab)));
-  return ids;
-}
-
-// Logits of every token, one at a time.
-std::vector<float> stepwise(Session& s, const std::vector<int32_t>& ids) {
-  std::vector<float> out;
-  for (int32_t id : ids) {
-    s.eval(&id, 1);
-    out.insert(out.end(), s.logits(), s.logits() + s.n_vocab());
-  }
-  return out;
-}
-
-std::vector<float> in_blocks(Session& s, const std::vector<int32_t>& ids) {
-  std::vector<float> out(ids.size() * size_t(s.n_vocab()));
-  s.eval_all(ids.data(), int(ids.size()), out.data());
-  return out;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
 
 Sparsity plan_of(const Model& model, const char* site, float threshold, int layers, float break_even = 0.9f) {
   Sparsity plan(model, 0, break_even);

@@ -14,6 +14,24 @@
 
 namespace sr_test {
 
+// The kernels that this processor can run, `generic` last.
+inline std::vector<const sr::KernelTable*> runnable() {
+  std::vector<const sr::KernelTable*> out;
+  int n = 0;
+  const sr::IsaEntry* entries = sr::isa_entries(&n);
+  for (int i = 0; i < n; ++i)
+    if (entries[i].supported) out.push_back(entries[i].table);
+  return out;
+}
+inline const sr::KernelTable& generic() { return *runnable().back(); }
+
+// How a quantised matrix is stored.
+struct Layout {
+  sr::WeightKind kind;
+  int group;
+  bool min;
+};
+
 struct RandomMatrix {
   sr::PanelMatrix view;
   std::vector<uint8_t> bytes;

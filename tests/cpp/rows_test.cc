@@ -18,21 +18,6 @@ using namespace sr_test;
 
 namespace {
 
-std::vector<const KernelTable*> runnable() {
-  std::vector<const KernelTable*> out;
-  int n = 0;
-  const IsaEntry* entries = isa_entries(&n);
-  for (int i = 0; i < n; ++i)
-    if (entries[i].supported) out.push_back(entries[i].table);
-  return out;
-}
-const KernelTable& generic() { return *runnable().back(); }
-
-struct Layout {
-  WeightKind kind;
-  int group;
-  bool min;
-};
 const Layout kLayouts[] = {
     {WeightKind::q4, 32, false}, {WeightKind::q4, 32, true}, {WeightKind::q4, 16, false}, {WeightKind::q4, 16, true},
     {WeightKind::q5, 32, false}, {WeightKind::q5, 32, true}, {WeightKind::q5, 16, false}, {WeightKind::q5, 16, true},
@@ -151,10 +136,6 @@ std::vector<float> inputs(size_t n, std::mt19937& rng, bool extreme) {
     for (auto& v : x) v = kind == 0 ? 1.0f : kind == 1 ? -1.0f : rng() % 2 ? 1.0f : -1.0f;
   }
   return x;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && !std::memcmp(a.data(), b.data(), a.size() * sizeof(float));
 }
 
 constexpr int kWidths[] = {8, 32, 40, 96, 256, 512, 544, 576, 1000, 1024, 1312, 2048};

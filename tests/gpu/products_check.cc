@@ -12,17 +12,6 @@ using namespace sr_test;
 
 namespace {
 
-const KernelTable& generic() {
-  int n = 0;
-  const IsaEntry* entries = isa_entries(&n);
-  return *entries[n - 1].table;
-}
-
-struct Layout {
-  WeightKind kind;
-  int group;
-  bool min;
-};
 const Layout kLayouts[] = {{WeightKind::q4, 32, false}, {WeightKind::q4, 32, true},  {WeightKind::q4, 16, false},
                            {WeightKind::q4, 16, true},  {WeightKind::q5, 32, true},  {WeightKind::q6, 16, false},
                            {WeightKind::q6, 32, true},  {WeightKind::q8, 32, false}, {WeightKind::q8, 16, true},

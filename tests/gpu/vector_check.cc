@@ -13,12 +13,6 @@ using namespace sr_test;
 
 namespace {
 
-const KernelTable& generic() {
-  int n = 0;
-  const IsaEntry* entries = isa_entries(&n);
-  return *entries[n - 1].table;
-}
-
 constexpr double kClose = 4e-6;  // of numbers around 1: sums in another order, the device's own exp and tanh
 
 }  // namespace
