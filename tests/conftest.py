@@ -72,6 +72,12 @@ def shared_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def kept_dir() -> Path:
+    """Where fetched models stay from run to run."""
+    return _CACHE
+
+
 def fetched(shared_dir: Path, name: str) -> Path:
     """A real model, fetched once into the user's cache."""
     script = shared_dir / "models" / "fetch_models.sh"

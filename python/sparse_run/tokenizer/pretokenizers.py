@@ -46,6 +46,15 @@ _PUNCTUATED = (
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
 
+# The cased letters of the Unicode version that DeepSeek's list was made from, without Armenian's small ones.
+_CASED = (
+    r"(?:(?![\x{560}-\x{588}\x{10c7}-\x{10ff}\x{1c80}-\x{1c88}\x{2d00}-\x{2d2d}\x{a790}-\x{ab68}\x{10570}-\x{105bc}"
+    r"\x{16e40}-\x{1df1e}])[\p{Lu}\p{Ll}\p{Lt}])+"
+)
+_WIDE_PUNCTUATION = r"[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+"
+
+_SEED = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
+
 _QWEN35 = (
     rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
@@ -63,6 +72,10 @@ _KINDS: dict[str, Pretokenizer] = {
     "gpt-4o": Pretokenizer((_cased(r"\p{N}{1,3}", _CONTRACTION + "?"),)),
     "tekken": Pretokenizer((_cased(r"\p{N}", ""),), ignore_merges=True, add_bos=True),
     "deepseek-coder": Pretokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_HANGUL, r"\p{N}")),
+    "deepseek-llm": Pretokenizer(
+        (r"[\r\n]", rf"\s?{_CASED}", rf"\s?{_WIDE_PUNCTUATION}", r"\s+$", _HAN_HANGUL, r"\p{N}+")
+    ),
+    "seed-coder": Pretokenizer((_SEED,)),
     "deepseek-v3": Pretokenizer((r"\p{N}{1,3}", _HAN_KANA, _PUNCTUATED)),
     "bloom": Pretokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+",)),
     "viking": Pretokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}")),
@@ -83,6 +96,8 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "gpt-4o": ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
     "tekken": ("tekken",),
     "deepseek-coder": ("deepseek-coder",),
+    "deepseek-llm": ("deepseek-llm",),
+    "seed-coder": ("seed-coder",),
     "deepseek-v3": ("deepseek-v3", "hunyuan-dense", "joyai-llm"),
     "bloom": ("bloom", "poro-chat", "gpt3-finnish"),
     "viking": ("viking",),
