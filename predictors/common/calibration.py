@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -40,6 +41,10 @@ _VERSION = 2  # of the stages in .work
 
 Tick = Callable[[str, float, float], None]
 """tick(line for people, work done, work in all): work in tokens through the model."""
+
+FIRST = 0.19  # the level that is tried first for a budget of 1%
+POWER = 5.0  # an increase of perplexity grows about so with the level, at the levels of budgets
+CLOSE = 0.15  # of the budget: nearer to it a search does not go
 
 Thresholds = "dict[str, list[NDArray[np.float32] | None]]"
 
@@ -171,7 +176,7 @@ class Calibration(abc.ABC):
         """Chunks of the model's own text [count, ctx], each a stage of its own: they take long."""
         import numpy as np
 
-        keys = [[number, self.ctx, self.options.seed] for number in range(count)]
+        keys = self._text_keys(count)
         # Decoding a token takes about four times as long as reading one of a prompt.
         self.announce(4.0 * self.ctx * sum(not self.stage_path("text", key).exists() for key in keys))
 
@@ -189,10 +194,22 @@ class Calibration(abc.ABC):
 
         return np.concatenate([self.stage("text", key, partial(make, n))["chunks"] for n, key in enumerate(keys)])
 
-    def stage_path(self, name: str, key: list[Any]) -> Path:
-        """Where a stage's arrays are kept."""
-        text = json.dumps([_VERSION, self.header.fingerprint, name, key])
-        return folder(self.header.path) / ".work" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+    def _text_keys(self, count: int) -> list[list[Any]]:
+        return [[number, self.ctx, self.options.seed] for number in range(count)]
+
+    def share_text(self, other: PackedHeader) -> None:
+        """Takes over what the same weights in another layout have written already: they would write the same."""
+        for key in self._text_keys(self.options.tokens // self.options.ctx):
+            theirs, ours = self.stage_path("text", key, other), self.stage_path("text", key)
+            if theirs.is_file() and not ours.exists():
+                ours.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(theirs, ours)
+
+    def stage_path(self, name: str, key: list[Any], header: PackedHeader | None = None) -> Path:
+        """Where a stage's arrays are kept. header: of another packed model."""
+        header = header or self.header
+        text = json.dumps([_VERSION, header.fingerprint, name, key])
+        return folder(header.path) / ".work" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 
     def stage(
         self, name: str, key: list[Any], compute: Callable[[], dict[str, NDArray[Any]]]
@@ -228,10 +245,20 @@ class Calibration(abc.ABC):
         import numpy as np
 
         at = (allocation, target)
-        if at in self._increases:
-            return self._increases[at]
+        if at not in self._increases:
+            dense, sparse = self._likelihoods(allocation, target)
+            self._increases[at] = relative_increase(float(np.mean(sparse)), float(np.mean(dense)))
+        return self._increases[at]
+
+    def increase_error(self, allocation: str, target: float) -> tuple[float, float]:
+        """`increase`, and its standard error from the differences token by token."""
+        dense, sparse = self._likelihoods(allocation, target)
+        found = self.increase(allocation, target)
+        return found, (1 + found) * float((sparse - dense).std()) / math.sqrt(len(dense))
+
+    def _likelihoods(self, allocation: str, target: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of every scored token of the held-out text, negative and logarithmic: dense, and at a level [n]."""
         _, held = self.chunks()
-        plan = self.plan_at(allocation, target)
         key = [*self.key(), corpus.corpus_hash(held), self.METHOD]
 
         def dense() -> dict[str, NDArray[Any]]:
@@ -242,17 +269,16 @@ class Calibration(abc.ABC):
 
         def sparse() -> dict[str, NDArray[Any]]:
             self.announce(held.size)
-            found = token_nll(self.model, held, plan, self.n_vocab)
+            found = token_nll(self.model, held, self.plan_at(allocation, target), self.n_vocab)
             self.step(f"perplexity at {target:.1%}", held.size)
             return {"nll": found}
 
         if self._dense_nll is None:
             self._dense_nll = self.stage("dense", key, dense)["nll"]
-        nll = self.stage("sparse", [*key, allocation, target, self._stamp(allocation, target)], sparse)["nll"]
-        self._increases[at] = relative_increase(float(np.mean(nll)), float(np.mean(self._dense_nll)))
-        return self._increases[at]
+        nll = self.stage("sparse", [*key, allocation, target, self.stamp(allocation, target)], sparse)["nll"]
+        return self._dense_nll, nll
 
-    def _stamp(self, allocation: str, target: float) -> str:
+    def stamp(self, allocation: str, target: float) -> str:
         """A hash of the thresholds, so that a measurement is never taken for one of other thresholds."""
         digest = hashlib.sha256()
         for site, layers in sorted(self.thresholds_at(allocation, target)[0].items()):
@@ -264,31 +290,23 @@ class Calibration(abc.ABC):
         return digest.hexdigest()
 
     def search(self, allocation: str, budget: float, *, resolution: float = 0.01) -> float:
-        """The largest level found whose measured increase of perplexity is at most `budget`; 0 where none is."""
+        """The largest level found whose measured increase of perplexity is at most `budget`; 0 where none is.
+
+        The next level is where the budget would be met if the increase grew as a power of the level, through the nearest
+        measured below and above. The search ends with an increase of at least 1 - CLOSE of the budget: what is left is
+        less than the noise of the held-out text."""
         self.prepare(allocation)
         # Levels measured for other budgets are ends of the bracket as well.
-        known = [(t, i) for (a, t), i in self._increases.items() if a == allocation]
-        low = max([t for t, i in known if i <= budget], default=0.0)
-        high = min([t for t, i in known if i > budget and t > low], default=self.MAX_LEVEL)
-        if low > 0 and high == self.MAX_LEVEL or not known:
-            level = min(0.8, max(low + 0.05, 0.17 * (budget / 0.01) ** 0.35))
-        else:
-            level = (low + high) / 2
-        for _ in range(7):
-            if high - low <= resolution:
+        known = {t: i for (a, t), i in self._increases.items() if a == allocation}
+        for _ in range(8):
+            low = max([t for t, i in known.items() if i <= budget], default=0.0)
+            high = min([t for t, i in known.items() if i > budget and t > low], default=self.MAX_LEVEL)
+            if high - low <= resolution or (low and known[low] >= (1 - CLOSE) * budget):
                 break
+            level = aim(known, low, high, budget)
             level = round(min(max(level, low + resolution / 2), high - resolution / 2), 4)
-            measured = self.increase(allocation, level)
-            if measured <= budget:
-                low = level
-            else:
-                high = level
-            # Perplexity grows about with the cube of the level: aim with that, and halve where it does not help.
-            aim = level * (budget / measured) ** (1 / 3) if measured > 0.2 * budget else 1.3 * level
-            level = (
-                aim if low + resolution / 4 < aim < high - resolution / 4 and high - low > 0.05 else (low + high) / 2
-            )
-        return low
+            known[level] = self.increase(allocation, level)
+        return max([t for t, i in known.items() if i <= budget], default=0.0)
 
     # Result
 
@@ -355,6 +373,27 @@ class Calibration(abc.ABC):
             "threads": self.model.threads,
             "isa": self.model.isa,
         }
+
+
+def aim(known: dict[float, float], low: float, high: float, budget: float) -> float:
+    """A level between `low` and `high` at which an increase near `budget` is likely. known: increases by level; low: the
+    largest level that meets the budget, or 0; high: the smallest above it that does not, or the most that is allowed."""
+    goal = (1 - CLOSE / 2) * budget
+    below, above = known.get(low, 0.0), known.get(high)
+    if above is None:  # nothing above was measured
+        if not low:
+            return min(0.8, FIRST * math.pow(budget / 0.01, 0.35))
+        # A small increase is mostly noise, and says little of how far away the budget is.
+        return low * min(1.35, math.pow(goal / below, 1 / POWER) if below > 0.1 * goal else 1.35)
+    if below <= 0.05 * goal:  # nothing below was measured, or nothing but noise
+        further = [t for t in known if t > high and known[t] > above]
+        power = math.log(known[min(further)] / above) / math.log(min(further) / high) if further else POWER
+        found = high * math.pow(goal / above, 1 / min(max(power, 1.0), POWER))
+        return max((low + high) / 2 if low else low, found)
+    power = math.log(above / below) / math.log(high / low)
+    found = low * math.pow(goal / below, 1 / max(power, 0.1))
+    edge = 0.1 * (high - low)  # one end that stays would make it slow
+    return min(max(found, low + edge), high - edge)
 
 
 def level_text(level: float) -> str:

@@ -13,7 +13,7 @@ from ...packed_header import SITES, PackedHeader
 from ..common import allocate, calibration
 from ..common.columns import column_bytes, column_norms
 from ..common.layers import POINTS, Stream, quantile_table, threshold_at
-from . import greedy, shape
+from . import greedy, shape, timed
 from .sensitivity import Sensitivity, branch_error
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ SCORES = ("abs", "wina")
 PROBE = 192  # positions of a chunk that greedy searches look at
 SENSED = (8, 256)  # chunks, and positions of each, that sensitivities are measured on
 SCORED_FROM = 64  # of those positions
-ANCHORS = (0.15, 0.3, 0.5)  # levels at which sensitivities are measured
+ANCHORS = (0.2, 0.45)  # levels at which sensitivities are measured
 MIN_LEVEL = 0.05  # a mask that skips less costs more than it brings, on any machine
 MOST_FLOOR = 0.5  # where a machine wants more than that, skipping does not pay at all
 
@@ -48,7 +48,7 @@ class Fit(calibration.Calibration):
     """One calibration: statistics of every layer, and from them as many sparsity files as are asked for."""
 
     METHOD = "teal"
-    ALLOCATIONS = ("global", "greedy", "uniform")
+    ALLOCATIONS = ("global", "greedy", "uniform", "time")
     LEVEL_ALLOCATION = "uniform"
     MAX_LEVEL = allocate.MAX_LEVEL
     options: Options
@@ -195,10 +195,11 @@ class Fit(calibration.Calibration):
         return {"factors": np.where(start > 0, levels / np.maximum(start, 1e-9), 1.0), "divergences": measured}
 
     def greedy(self) -> dict[str, NDArray[np.float64]]:
-        """Greedy paths within each block: "levels" [n_layers, steps, 4] and the bytes skipped, "shares" [n_layers, steps]."""
+        """Greedy paths within each block: "levels" [n_layers, steps, 4], and after each step [n_layers, steps] the bytes
+        skipped, "shares", and the error of the block's output, "errors"."""
         if self._greedy is None:
             constants = [PROBE, greedy.STEP, greedy.LARGEST_STEP, greedy.UP_TO]
-            self._greedy = self.stage("greedy", [*self.key(), *constants], self._make_greedy)
+            self._greedy = self.stage("greedy", [*self.key(), *constants, "errors"], self._make_greedy)
         return self._greedy
 
     def _make_greedy(self) -> dict[str, NDArray[Any]]:
@@ -209,6 +210,7 @@ class Fit(calibration.Calibration):
         layers = self.header.n_layers
         probes = [0, len(fit) - 1]  # one chunk of the model's own text, one of the other half
         paths: list[list[NDArray[np.float64]]] = []
+        costs: list[list[float]] = []
         work = 60.0 * PROBE * len(probes)
         self.announce(work)
         stream = Stream(self.model, fit[probes, :PROBE])
@@ -226,12 +228,15 @@ class Fit(calibration.Calibration):
                 return float(np.mean(errors))
 
             share = self.weights[layer] / max(1.0, self.weights[layer].sum())
-            paths.append(greedy.path(error, share, allocate.MAX_LEVEL))
+            path, errors = greedy.path(error, share, allocate.MAX_LEVEL)
+            paths.append(path)
+            costs.append(errors)
             self.step(f"greedy search, layer {layer + 1} of {layers}", work / layers)
         longest = max(len(path) for path in paths)
         levels = np.stack([np.stack([*path, *[path[-1]] * (longest - len(path))]) for path in paths])
         shares = (levels * (self.weights / np.maximum(self.weights.sum(1, keepdims=True), 1.0))[:, None]).sum(2)
-        return {"levels": levels, "shares": shares}
+        errors_at = np.stack([np.asarray([*row, *[row[-1]] * (longest - len(row))]) for row in costs])
+        return {"levels": levels, "shares": shares, "errors": errors_at}
 
     def _greedy_levels(self, target: float) -> NDArray[np.float64]:
         import numpy as np
@@ -239,6 +244,30 @@ class Fit(calibration.Calibration):
         paths = self.greedy()
         rows = [allocate.along_path(p, s, target) for p, s in zip(paths["levels"], paths["shares"], strict=True)]
         return np.stack(rows)
+
+    def _time_levels(self, target: float) -> NDArray[np.float64]:
+        """Levels that save most time for their error, by the times that were measured on this machine for this model's
+        shapes, else by bytes."""
+        import numpy as np
+
+        grid = np.arange(0, allocate.MAX_LEVEL + timed.GRID / 2, timed.GRID)
+        paths = self.greedy()
+        cost = np.stack([timed.costs(p, e, grid) for p, e in zip(paths["levels"], paths["errors"], strict=True)])
+        measured = self._measured()
+        gain = np.zeros_like(cost)
+        for k, site in enumerate(SITES):
+            share = grid
+            if measured is not None and site in measured:
+                densities, gains = measured[site]
+                share = timed.saved(np.asarray(densities), 1 / np.asarray(gains), grid)
+            gain[:, k] = self.weights[:, k, None] * share
+        out = timed.allocate(cost, gain / max(1.0, float(self.weights.max())), self.weights, grid, target)
+        return out
+
+    def _measured(self) -> dict[str, tuple[list[float], list[float]]] | None:
+        from ...bench.breakeven import known_gains
+
+        return known_gains(self.header.fingerprint, self.model.isa, self.model.threads)
 
     # Allocation
 
@@ -252,6 +281,8 @@ class Fit(calibration.Calibration):
             raise UsageError(f"a level of {target:g} is above {allocate.MAX_LEVEL}, the most that an allocation skips")
         if allocation == "greedy":
             out = self._greedy_levels(target)
+        elif allocation == "time":
+            out = self._time_levels(target)
         elif allocation == "global":
             anchor = min(ANCHORS, key=lambda a: abs(math.log(a / target)))
             moved = self._greedy_levels(target) * self.factors(anchor)

@@ -16,8 +16,8 @@ UP_TO = 0.8  # share of a block's bytes at which a path ends
 
 def path(
     error: Callable[[NDArray[np.float64]], float], shares: NDArray[np.float64], top: float
-) -> list[NDArray[np.float64]]:
-    """Levels [sites] after every step, from none on.
+) -> tuple[list[NDArray[np.float64]], list[float]]:
+    """Levels [sites] after every step, from none on, and the errors there.
 
     error: of the block's output at given levels. shares: of the block's bytes, by site; 0 for what cannot be skipped.
     A step's cost is measured again only where it is the cheapest by what was measured before: costs grow with the levels, so
@@ -26,7 +26,7 @@ def path(
 
     steps = np.where(shares > 0, np.minimum(STEP / np.maximum(shares, 1e-9), LARGEST_STEP), 0.0)
     now, reached = np.zeros(len(shares)), 0.0
-    out = [now]
+    out, reached_at = [now], [reached]
     costs, errors_at, fresh = np.zeros(len(shares)), np.zeros(len(shares)), np.zeros(len(shares), bool)
     while float((now * shares).sum()) < UP_TO - 1e-9:
         open_sites = (shares > 0) & (now < top - 1e-9)
@@ -38,9 +38,10 @@ def path(
         if fresh[k]:
             now, reached = tried, float(errors_at[k])
             out.append(now)
+            reached_at.append(reached)
             fresh[:] = False
         else:
             errors_at[k] = error(tried)
             costs[k] = (errors_at[k] - reached) / (shares[k] * (tried[k] - now[k]))
             fresh[k] = True
-    return out
+    return out, reached_at

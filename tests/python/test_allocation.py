@@ -22,7 +22,9 @@ def test_greedy_takes_the_cheapest_step_each_time() -> None:
         calls += 1
         return float((factor * levels**2.5).sum() + 0.05 * levels.sum() ** 2)
 
-    found = greedy.path(error, shares, MAX_LEVEL)
+    found, errors = greedy.path(error, shares, MAX_LEVEL)
+    assert errors == [error(levels) for levels in found]
+    calls -= len(found)
     lazy, steps = calls, np.minimum(greedy.STEP / shares, greedy.LARGEST_STEP)
     now = np.zeros(4)
     expected = [now]
@@ -41,9 +43,9 @@ def test_greedy_takes_the_cheapest_step_each_time() -> None:
 
 
 def test_greedy_leaves_out_what_cannot_be_skipped() -> None:
-    found = greedy.path(lambda levels: float((levels**2).sum()), np.array([0.5, 0.0, 0.5, 0.0]), MAX_LEVEL)
+    found, _ = greedy.path(lambda levels: float((levels**2).sum()), np.array([0.5, 0.0, 0.5, 0.0]), MAX_LEVEL)
     assert not found[-1][[1, 3]].any() and (found[-1][[0, 2]] >= 0.79).all()
-    assert len(greedy.path(lambda levels: 0.0, np.zeros(4), MAX_LEVEL)) == 1
+    assert len(greedy.path(lambda levels: 0.0, np.zeros(4), MAX_LEVEL)[0]) == 1
 
 
 def test_along_path() -> None:

@@ -159,6 +159,24 @@ def known_break_even(fingerprint: str, isa: str, threads: int) -> float | None:
     return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1 else None
 
 
+def known_gains(fingerprint: str, isa: str, threads: int) -> dict[str, tuple[list[float], list[float]]] | None:
+    """As `known_break_even`: the densities that were measured, and the dense time over the skipping time at each, of the
+    matrices that each site feeds. Of several shapes at one site the one that takes most bytes counts."""
+    from .. import __version__
+
+    entry = _read(cache_path()).get(_key(fingerprint, isa, threads))
+    if not isinstance(entry, dict) or entry.get("version") != __version__:
+        return None
+    out: dict[str, tuple[list[float], list[float]]] = {}
+    try:
+        for s in sorted(entry["shapes"], key=lambda s: s["rows"] * s["cols"]):
+            for site in s["sites"]:
+                out[site] = [float(d) for d in entry["densities"]], [max(1e-3, float(g)) for g in s["gain"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return out or None
+
+
 def _key(fingerprint: str, isa: str, threads: int) -> str:
     return f"{fingerprint} {isa} {threads}"
 

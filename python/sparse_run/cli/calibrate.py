@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 @click.option(
     "--allocation",
     metavar="NAME",
-    help="The method's variant. teal: how levels differ by layer and site, global, greedy or uniform.  [default for teal: "
-    "uniform with --level, else global]",
+    help="The method's variant. teal: how levels differ by layer and site, global, greedy, uniform, or time, which saves time "
+    "as `bench --breakeven` measured it instead of bytes.  [default for teal: uniform with --level, else global]",
 )
 @click.option(
     "--score",

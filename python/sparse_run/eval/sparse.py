@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
-from .perplexity import cut_chunks, log_softmax, rows_at_a_time, token_nlls
+from .perplexity import cut_chunks, rows_at_a_time
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,79 +81,153 @@ def compare_all(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[SparseResult]:
     """As `compare`, for several ways to skip: the dense run is made once."""
-    import numpy as np
-
-    from .. import _core
-
     ids = cut_chunks(tokens, ctx=ctx, chunks=chunks, bos=bos)
-    rows = rows_at_a_time(n_vocab)
-    dense = _core.Session(model, ctx)
-    runs = [_Run(_core.Session(model, ctx), plan) for plan in plans]
-    first = ctx // 2
-    nll_dense: list[NDArray[np.float64]] = []
+    runs = Comparison(model, plans, n_vocab=n_vocab, ctx=ctx)
+    found: list[list[Scores]] = []
     start = time.perf_counter()
     for c, chunk in enumerate(ids):
         if progress is not None:
             progress("dense and sparse", c, len(ids))
-        dense.truncate(0)
-        dense.eval(chunk[:first])
-        for run in runs:
-            run.attached.prompt(chunk[:first])
-        for begin in range(first, ctx - 1, rows):
-            part = chunk[begin : min(begin + rows, ctx - 1)]
-            targets = chunk[begin + 1 : begin + 1 + len(part)]
-            logits = dense.eval_all(part)
-            nll_dense.append(_finite(token_nlls(logits, targets), c, "dense"))
-            for run in runs:
-                run.add(part, targets, logits, c)
+        found.append(runs.chunk(chunk, c))
     if progress is not None:
         progress("dense and sparse", len(ids), len(ids))
     seconds = time.perf_counter() - start
-    return [run.result(np.concatenate(nll_dense), ctx=ctx, chunks=len(ids), seconds=seconds) for run in runs]
+    densities = runs.densities()
+    return [
+        joined(list(scores), density, ctx=ctx, seconds=seconds)
+        for scores, density in zip(zip(*found, strict=True), densities, strict=True)
+    ]
 
 
-class _Run:
-    """One sparse run beside the dense one."""
+@dataclass(frozen=True)
+class Scores:
+    """The scored tokens of one chunk, token by token [n]: likelihoods of the dense and of a sparse run, and how these
+    differ."""
 
-    def __init__(self, session: _core.Session, plan: _core.Sparsity | Skipping) -> None:
+    nll_dense: NDArray[np.float64]
+    nll: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    same: int
+    """For how many tokens both runs have the same first choice."""
+
+
+class Comparison:
+    """Several ways to skip, beside one dense run of the same chunks."""
+
+    def __init__(
+        self, model: _core.Model, plans: Sequence[_core.Sparsity | Skipping], *, n_vocab: int, ctx: int = 512
+    ) -> None:
+        from .. import _core
         from ..skipping import Attached
 
-        self.session = session
-        self.attached = Attached(session, plan, blocks=True)
-        session.density()
-        self.nll: list[NDArray[np.float64]] = []
-        self.kl: list[NDArray[np.float64]] = []
-        self.same = 0
+        self._dense = _core.Session(model, ctx)
+        self._sessions = [_core.Session(model, ctx) for _ in plans]
+        self._runs = [Attached(s, plan, blocks=True) for s, plan in zip(self._sessions, plans, strict=True)]
+        self._rows, self._ctx = rows_at_a_time(n_vocab), ctx
+        self.densities()
 
-    def add(self, part: NDArray[np.int32], targets: NDArray[np.int32], dense: NDArray[np.float32], chunk: int) -> None:
-        """Evaluates a part of a chunk, whose dense logits are known."""
-        logits = self.attached.logits(part)
-        self.nll.append(_finite(token_nlls(logits, targets), chunk, "sparse"))
-        self.kl.append(kl_divergence(dense, logits))
-        self.same += int((dense.argmax(1) == logits.argmax(1)).sum())
-
-    def result(self, nll_dense: NDArray[np.float64], *, ctx: int, chunks: int, seconds: float) -> SparseResult:
+    def chunk(self, ids: NDArray[np.int32], number: int = 0) -> list[Scores]:
+        """Scores of the second half of a chunk [ctx], one for each plan. number: of the chunk, for what errors say. Raises
+        Error where a logit is not a finite number."""
         import numpy as np
 
-        nll, kl = np.concatenate(self.nll), np.concatenate(self.kl)
-        difference = nll - nll_dense
-        factor = _exp(float(difference.mean()))
-        return SparseResult(
-            perplexity=_exp(float(nll.mean())),
-            perplexity_dense=_exp(float(nll_dense.mean())),
-            perplexity_increase=factor - 1,
-            perplexity_increase_stderr=factor * float(difference.std()) / math.sqrt(len(difference)),
-            kl_mean=float(kl.mean()),
-            kl_p99=float(np.quantile(kl, 0.99)),
-            top1_agreement=self.same / len(kl),
-            density=self.session.density(),
-            nll=float(nll.mean()),
-            tokens_scored=len(kl),
-            ctx=ctx,
-            chunks=chunks,
-            seconds=seconds,
-            token_nll=nll,
-        )
+        first = self._ctx // 2
+        self._dense.truncate(0)
+        self._dense.eval(ids[:first])
+        for run in self._runs:
+            run.prompt(ids[:first])
+        nll_dense: list[NDArray[np.float64]] = []
+        found: list[list[tuple[NDArray[np.float64], NDArray[np.float64], int]]] = [[] for _ in self._runs]
+        for begin in range(first, self._ctx - 1, self._rows):
+            part = ids[begin : min(begin + self._rows, self._ctx - 1)]
+            targets = ids[begin + 1 : begin + 1 + len(part)]
+            dense = _Distributions(self._dense.eval_all(part))
+            nll_dense.append(_finite(dense.nll(targets), number, "dense"))
+            for run, parts in zip(self._runs, found, strict=True):
+                sparse = _Distributions(run.logits(part))
+                nll = _finite(sparse.nll(targets), number, "sparse")
+                parts.append((nll, dense.kl(sparse), int((dense.first == sparse.first).sum())))
+        return [
+            Scores(
+                np.concatenate(nll_dense),
+                np.concatenate([p[0] for p in parts]),
+                np.concatenate([p[1] for p in parts]),
+                sum(p[2] for p in parts),
+            )
+            for parts in found
+        ]
+
+    def densities(self) -> list[dict[str, float]]:
+        """Shares read since the last call, one for each plan; see `Session.density`."""
+        return [session.density() for session in self._sessions]
+
+
+def joined(scores: Sequence[Scores], density: dict[str, float], *, ctx: int, seconds: float = 0.0) -> SparseResult:
+    """The figures of several chunks."""
+    import numpy as np
+
+    nll, kl = np.concatenate([s.nll for s in scores]), np.concatenate([s.kl for s in scores])
+    nll_dense = np.concatenate([s.nll_dense for s in scores])
+    difference = nll - nll_dense
+    factor = _exp(float(difference.mean()))
+    return SparseResult(
+        perplexity=_exp(float(nll.mean())),
+        perplexity_dense=_exp(float(nll_dense.mean())),
+        perplexity_increase=factor - 1,
+        perplexity_increase_stderr=factor * float(difference.std()) / math.sqrt(len(difference)),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1_agreement=sum(s.same for s in scores) / len(kl),
+        density=density,
+        nll=float(nll.mean()),
+        tokens_scored=len(kl),
+        ctx=ctx,
+        chunks=len(scores),
+        seconds=seconds,
+        token_nll=nll,
+    )
+
+
+class _Distributions:
+    """Rows of logits [n, n_vocab], and what is asked of the distributions that they stand for. Row by row, since a row fits
+    into a core's cache and several of a vocabulary of a quarter million do not. NaN in gives NaN out."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        import numpy as np
+
+        n, width = logits.shape
+        self.logits = logits
+        self.first = np.empty(n, np.intp)
+        """The likeliest token of each row."""
+        self._log_sum = np.empty(n, np.float64)
+        self._buffer = np.empty(width, np.float32)
+        for i, row in enumerate(logits):
+            self.first[i] = row.argmax()
+            top = row[self.first[i]]
+            np.exp(np.subtract(row, top, out=self._buffer), out=self._buffer)
+            self._log_sum[i] = float(top) + np.log(self._buffer.sum(dtype=np.float64))
+
+    def nll(self, targets: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Negative log-likelihoods of one token a row, [n]."""
+        import numpy as np
+
+        found: NDArray[np.float64] = self._log_sum - self.logits[np.arange(len(targets)), targets].astype(np.float64)
+        return found
+
+    def kl(self, other: _Distributions) -> NDArray[np.float64]:
+        """Divergence of others from these, row by row in nats [n]: sum of p (x - y), less the difference of the log sums;
+        0 where the logits are the same."""
+        import numpy as np
+
+        out = np.empty(len(self.logits), np.float64)
+        p = self._buffer
+        difference = np.empty_like(p)
+        for i, (x, y) in enumerate(zip(self.logits, other.logits, strict=True)):
+            np.exp(np.subtract(x, np.float32(self._log_sum[i]), out=p), out=p)
+            np.multiply(np.subtract(x, y, out=difference), p, out=difference)
+            total = p.sum(dtype=np.float64)  # next to 1: the rounding of the log sum cancels
+            out[i] = difference.sum(dtype=np.float64) / total - (self._log_sum[i] - other._log_sum[i])
+        return np.maximum(out, 0.0)
 
 
 def _finite(nll: NDArray[np.float64], chunk: int, which: str) -> NDArray[np.float64]:
@@ -166,11 +240,7 @@ def _finite(nll: NDArray[np.float64], chunk: int, which: str) -> NDArray[np.floa
 
 def kl_divergence(dense: NDArray[np.float32], sparse: NDArray[np.float32]) -> NDArray[np.float64]:
     """KL divergence, in nats, of the distributions of logits `sparse` from those of logits `dense`, row by row [n]."""
-    import numpy as np
-
-    p, q = log_softmax(dense), log_softmax(sparse)
-    out: NDArray[np.float64] = np.maximum((np.exp(p) * (p - q)).sum(1, dtype=np.float64), 0.0)
-    return out
+    return _Distributions(dense).kl(_Distributions(sparse))
 
 
 def _exp(nll: float) -> float:
