@@ -51,12 +51,34 @@ PHI3 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-BUILT_IN = {"chatml": CHATML, "gemma": GEMMA, "llama3": LLAMA3, "phi3": PHI3, "plain": PLAIN}
+GRANITE = (
+    "{% for message in messages %}"
+    "{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}" + _SYSTEM_FIRST + "{% for message in turns %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
+    "{% else %}{{ '[INST] ' + (system if loop.first else '') + message['content'] + '[/INST]' }}{% endif %}"
+    "{% endfor %}"
+)
+BUILT_IN = {
+    "chatml": CHATML,
+    "gemma": GEMMA,
+    "granite": GRANITE,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "phi3": PHI3,
+    "plain": PLAIN,
+}
 # Which format a vocabulary is made for: the first whose tokens it has.
 _MARKS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "granite": ("<|start_of_role|>", "<|end_of_role|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": ("[INST]", "[/INST]"),
     "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
 }
 
@@ -167,6 +189,8 @@ def _checked(message: Mapping[str, Any]) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise UsageError("a message has no role; give it 'system', 'user' or 'assistant'")
+    if content is None and message.get("tool_calls"):  # an answer that only calls tools
+        content = ""
     if isinstance(content, (list, tuple)):  # OpenAI's parts
         texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
         if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):

@@ -321,6 +321,16 @@ FORMATS = {
             "\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         ),
     ),
+    "granite": (
+        ["<|start_of_role|>", "<|end_of_role|>"],
+        (
+            "<|start_of_role|>system<|end_of_role|>Be brief.<|end_of_text|>\n"
+            "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n"
+            "<|start_of_role|>assistant<|end_of_role|>Ho<|end_of_text|>\n"
+            "<|start_of_role|>user<|end_of_role|>Bye<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+        ),
+    ),
+    "mistral": (["[INST]", "[/INST]"], "[INST] Be brief.\n\nHi[/INST] Ho</s>[INST] Bye[/INST]"),
     "phi3": (
         ["<|user|>", "<|assistant|>", "<|end|>"],
         "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\nHo<|end|>\n<|user|>\nBye<|end|>\n<|assistant|>\n",
@@ -338,11 +348,12 @@ def test_a_family_without_a_template_has_its_default(name: str, torch: Any, tmp_
     content["added_tokens"] = [{"id": N_VOCAB - len(marks) + i, "content": m, **own} for i, m in enumerate(marks)]
     (folder / "tokenizer.json").write_text(json.dumps(content))
     convert(folder, tmp_path / "packed")
-    template = ChatTemplate.for_tokenizer(Tokenizer.load(tmp_path / "packed"))
+    tokenizer = Tokenizer.load(tmp_path / "packed")
+    template = ChatTemplate.for_tokenizer(tokenizer)
     talk = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "Bye"},
     ]
-    assert template.render(talk) == expected
+    assert template.render(talk) == expected.replace("</s>", tokenizer.token_text(tokenizer.eos_ids[0]))

@@ -45,6 +45,7 @@ SMALL_FALCON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -116,13 +117,17 @@ def longrope(original: int, **more: Any) -> dict[str, Any]:
 
 CASES = [
     Case("Llama: biases everywhere", "Llama", base(attention_bias=True, mlp_bias=True), "llama"),
+    Case("Llama 3.2: scaled RoPE, tied", "Llama", base(tie_word_embeddings=True, head_dim=32, rope_parameters=LLAMA3), "llama"),
+    Case("Llama: linear RoPE", "Llama", base(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}), "llama"),
     Case("ReluLLaMA: ReLU, tied", "Llama", base(hidden_act="relu", tie_word_embeddings=True)),
     Case("ProSparse: FATReLU", "Llama", base(hidden_act="relu"), change=fatrelu, rename=to_prosparse),
     Case("Mistral: a window of 24", "Mistral", base(sliding_window=24)),
     Case("Mistral: a window and YaRN", "Mistral", base(sliding_window=24, rope_parameters=YARN)),
+    Case("Mistral Nemo: heads wider than the stream's share, no window", "Mistral", base(sliding_window=None, head_dim=24), "llama"),
     Case("Ministral: windows on some layers", "Ministral", base(sliding_window=24, head_dim=16, layer_types=[SLIDING, FULL, SLIDING])),
     Case("Bamboo: ReLU on gate and up", "Mistral", base(sliding_window=None, hidden_act="relu"), change=drelu, rename=to_bamboo),
     Case("Qwen 2: biases", "Qwen2", base(), "qwen2"),
+    Case("Qwen 2.5: YaRN", "Qwen2", base(rope_parameters={**YARN, "rope_theta": 1e6}), "qwen2"),
     Case("Qwen 2: windows on upper layers, tied", "Qwen2", base(use_sliding_window=True, sliding_window=20, max_window_layers=1, tie_word_embeddings=True)),
     Case("Qwen 3: norms of q and k, wide heads", "Qwen3", base(head_dim=32), "qwen3"),
     Case("Qwen 3: biases, windows, YaRN", "Qwen3", base(head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=20, max_window_layers=2, rope_parameters=YARN)),

@@ -75,6 +75,28 @@ def test_the_same_as_transformers(smollm2_packed: Path) -> None:
         assert rendered(source, tools=tools) == texts[0]
 
 
+def test_tools_their_calls_and_their_answers_reach_the_template() -> None:
+    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    source = (
+        "{{ tools | tojson }}\n{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}"
+        "{% if m.role == 'tool' %} of {{ m.tool_call_id }}{% endif %}\n{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}}
+    talk = [
+        TALK[0],
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    texts, _ = utilities.render_jinja_template(
+        [[{**message, "content": message["content"] or ""} for message in talk]], chat_template=source, tools=tools
+    )
+    assert rendered(source, talk, tools=tools) == texts[0]
+    assert "<tool>3 of 1" in texts[0] and 'add({"a": 1' in texts[0]
+
+
 def test_a_template_without_system_role_gets_it_in_front_of_the_first_message() -> None:
     text = rendered(GEMMA)
     assert text.startswith("<s><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello.")
@@ -134,6 +156,7 @@ def test_a_hostile_or_broken_template_is_a_model_error(source: str) -> None:
         ["hello"],
         [{"content": "x"}],
         [{"role": "user"}],
+        [{"role": "assistant", "content": None}],
         [{"role": "user", "content": 3}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
     ],

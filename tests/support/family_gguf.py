@@ -132,7 +132,28 @@ def _norms_plus_one(weights: Weights) -> Weights:
 def _llama(w: Any, c: dict[str, Any], weights: Weights) -> Weights:
     w.add_vocab_size(c["vocab_size"])
     w.add_rope_dimension_count(_head_dim(c))
-    return _permuted(c, weights)
+    weights = _permuted(c, weights)
+    rope = c.get("rope_parameters") or {}
+    if rope.get("rope_type") == "llama3":
+        weights["rope_freqs.weight"] = _llama3_factors(rope, _head_dim(c))
+    return weights
+
+
+def _llama3_factors(rope: dict[str, Any], dims: int) -> Array:
+    """LlamaModel.generate_extra_tensors."""
+    original, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    factors = []
+    for i in range(0, dims, 2):
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (i / dims)
+        smooth = (original / wavelength - low) / (high - low)
+        if wavelength < original / high:
+            factors.append(1.0)
+        elif wavelength > original / low:
+            factors.append(rope["factor"])
+        else:
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    assert 1 < len(set(factors)) and max(factors) == rope["factor"], "all three ranges are wanted"
+    return np.asarray(factors, np.float32)
 
 
 def _as_it_is(w: Any, c: dict[str, Any], weights: Weights) -> Weights:
