@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 @device_option
 @sparsity_option
 @budget_option
-@click.option("--prompt", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of the prompt.")
-@click.option("--gen", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded a repetition.")
+@click.option("--prompt", type=click.IntRange(1, 2**30), default=256, show_default=True, help="Tokens of the prompt.")
+@click.option("--gen", type=click.IntRange(1, 2**30), default=64, show_default=True, help="Tokens decoded a repetition.")
 @click.option("--reps", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions of each.")
 @click.option("--gather", is_flag=True, help="Measure the memory instead: GB/s of random runs by length and share.")
 @click.option(
