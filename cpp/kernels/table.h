@@ -16,6 +16,7 @@ enum class Activation : uint8_t { silu, gelu_tanh, gelu, relu, relu2 };
 struct ActiveColumns {
   const uint8_t* cols = nullptr;   // [slabs * 32]
   const uint8_t* count = nullptr;  // [slabs]
+  const uint32_t* place = nullptr;  // [slabs * 32] of each entry of cols, where the matrix has PanelMatrix::runs
 };
 
 constexpr int kChunkKeys = 256;  // keys that one call of attend sees at most; results are merged chunk by chunk

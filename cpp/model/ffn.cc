@@ -55,7 +55,9 @@ void Decoder::finish_neurons(const Pass& pass, int layer, int begin, int end) {
   if (w.ffn_sub_norm || !w.ffn_down.quantised || begin >= end) return;
   z_.quantise(0, begin, end - begin);
   const float* threshold = threshold_for(pass, layer, Site::Z, pass.pos, true);
+  if (pass.stored && !threshold) threshold = no_threshold_.data();
   if (threshold) z_.select(0, threshold, begin, end - begin);
+  if (pass.stored) store_->places(layer, z_.active(0), begin / kSlabCols, (end + kSlabCols - 1) / kSlabCols, place_.data());
 }
 
 void Decoder::decode_panels(int tid, const Pass& pass, int layer) {
@@ -80,6 +82,10 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer) {
     decode_neurons(tid, pass, layer, share);
     finish_neurons(pass, layer, share.begin, share.end);
   };
+  if (pass.stored) {
+    if (await_neurons(tid, pass, layer)) some(0, config_.n_ff);
+    return;
+  }
   if (w.slices.empty()) return some(0, config_.n_ff);
   for_slices(w.slices, tid, pass, [&](const Slice& s) { some(s.tile_begin * kTileRows, s.tile_end * kTileRows); });
 }
@@ -101,7 +107,7 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare s
   float* last_kept = &t.kept_share[size_t(layer)];
   const bool apart = choose && *last_kept <= break_even(pass);
   // Results stand in the list's order.
-  rows(w, t.in, list, first, last, gated ? gate : nullptr, apart ? nullptr : up);
+  multiply_rows(pass, layer, tid, list, first, last, gated ? gate : nullptr, apart ? nullptr : up, first);
   float* active = gated ? gate : up;
   activate(active + first, nullptr, last - first, active + first);
   if (gated && !apart) activate_up(up + first, last - first);
@@ -127,7 +133,7 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare s
   if (last > first) *last_kept = float(kept) / float(last - first);
   count_neurons(pass, Site::G, w, kept, last - first, apart ? 1 : 0);
   if (apart) {
-    rows(w, t.in, ids, 0, kept, nullptr, up + first);
+    multiply_rows(pass, layer, tid, ids, 0, kept, nullptr, up + first, first);
     activate_up(up + first, kept);
   }
   for (int k = 0; k < kept; k++) z[ids[k]] = gate[first + k] * up[first + k];

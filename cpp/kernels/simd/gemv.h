@@ -25,8 +25,9 @@ struct SlabPlan {
 };
 
 // Columns cols[0..count) (ascending; null = all 32) of a slab whose runs are run_bytes apart. A group's last quad is
-// filled up with an input of 0 on a column that is read anyway.
-static void plan_slab(const int8_t* q, const uint8_t* cols, int count, int group, uint32_t run_bytes, SlabPlan* plan) {
+// filled up with an input of 0 on a column that is read anyway. place: where the columns' runs begin instead, or null.
+static void plan_slab(const int8_t* q, const uint8_t* cols, int count, const uint32_t* place, int group,
+                      uint32_t run_bytes, SlabPlan* plan) {
   if (!cols) {
     for (int c = 0; c < kSlabCols; ++c) plan->off[c] = c * run_bytes;
     std::memcpy(plan->x4, q, kSlabCols);
@@ -39,7 +40,7 @@ static void plan_slab(const int8_t* q, const uint8_t* cols, int count, int group
   for (int part = 0; part < kSlabCols / group; ++part) {
     const int start = n;
     for (; i < count && cols[i] < (part + 1) * group; ++i, ++n) {
-      plan->off[n] = cols[i] * run_bytes;
+      plan->off[n] = place ? place[i] : cols[i] * run_bytes;
       reinterpret_cast<int8_t*>(plan->x4)[n] = q[cols[i]];
     }
     if (n > start)
@@ -79,11 +80,12 @@ inline void add_slab(typename V::template Acc<BITS>& acc, const uint16_t* scale,
 struct Stretch {
   const uint8_t* panel;
   int R, row, tiles;
+  const uint8_t* runs;
 };
 SR_INLINE Stretch stretch_at(const PanelMatrix& w, int tile, int tile_end) {
-  if (tile >= tile_end) return {nullptr, 0, 0, 0};
+  if (tile >= tile_end) return {nullptr, 0, 0, 0, nullptr};
   const TilePlace at = place_tile(w, tile);
-  return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows)};
+  return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows), at.runs};
 }
 
 // Bytes that are asked for ahead of the slab being computed, at least: in flight or in L2. And those asked for before the
@@ -133,8 +135,13 @@ class ReadAhead {
       if (i < kHeads) {
         bytes = fetch(slab_at_ + (size_t(i) * at_.R + at_.row) * 2, at_.tiles * kTileRows * 2);
       } else {
-        const size_t c = active_ ? active_->cols[slab_ * kSlabCols + i - kHeads] : i - kHeads;
-        const uint8_t* run = slab_at_ + head_bytes_ + c * run_bytes_;
+        const uint8_t* run;
+        if (at_.runs) {
+          run = at_.runs + active_->place[slab_ * kSlabCols + i - kHeads];
+        } else {
+          const size_t c = active_ ? active_->cols[slab_ * kSlabCols + i - kHeads] : i - kHeads;
+          run = slab_at_ + head_bytes_ + c * run_bytes_;
+        }
         const int first = at_.row / kTileRows;
         bytes = fetch(run + first * P::kLow, at_.tiles * P::kLow);
         if (P::kHigh) bytes += fetch(run + at_.R / 2 + first * P::kHigh, at_.tiles * P::kHigh);
@@ -245,11 +252,12 @@ int gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns
   std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
   for (int s = 0; s < slabs; ++s) {
     SlabPlan plan;
-    plan_slab(x.q + s * kSlabCols, active ? active->cols + s * kSlabCols : nullptr, active ? active->count[s] : 0, GROUP,
-              uint32_t(run_bytes), &plan);
+    plan_slab(x.q + s * kSlabCols, active ? active->cols + s * kSlabCols : nullptr, active ? active->count[s] : 0,
+              at.runs ? active->place + s * kSlabCols : nullptr, GROUP, uint32_t(run_bytes), &plan);
     if (plan.columns == 0) continue;
     ahead.begin(s, tiles);
     const uint8_t* slab = at.panel + size_t(s) * slab_bytes;
+    const uint8_t* runs = at.runs ? at.runs : slab + head;
     const uint16_t* scale = reinterpret_cast<const uint16_t*>(slab) + at.row;
     int first = 0;
     for (int p = 0; p < kParts; ++p) {
@@ -257,8 +265,8 @@ int gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns
       if (quads == 0) continue;
       const int32_t sum = kParts == 1 ? x.sum[2 * s] + x.sum[2 * s + 1] : x.sum[2 * s + p];
       SlabPart part;
-      part.low = slab + head + size_t(at.row / kTileRows) * P::kLow;
-      part.high = slab + head + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
+      part.low = runs + size_t(at.row / kTileRows) * P::kLow;
+      part.high = runs + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
       part.off = plan.off + 4 * first;
       part.x4 = plan.x4 + first;
       part.quads = quads;
