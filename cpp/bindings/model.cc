@@ -16,7 +16,8 @@ namespace {
 // Calls progress with the GIL, at most every 50 ms; its exception, or that of a signal handler, stops the loading and is
 // raised.
 std::unique_ptr<PyModel> open_model(const std::string& path, int threads, std::optional<bool> mmap, size_t budget,
-                                    int n_ctx, size_t extra_bytes, const py::object& progress, const std::string& device) {
+                                    int n_ctx, size_t extra_bytes, const py::object& progress, const std::string& device,
+                                    double neuron_share) {
   ModelOptions options;
   options.path = path;
   options.threads = threads;
@@ -25,6 +26,7 @@ std::unique_ptr<PyModel> open_model(const std::string& path, int threads, std::o
   options.memory_budget = budget;
   options.n_ctx = n_ctx;
   options.extra_bytes = extra_bytes;
+  options.neuron_share = neuron_share;
   if (budget && mmap) throw Error(ErrorCode::usage, "mmap cannot be chosen together with a memory budget");
   if (n_ctx < 0) throw Error(ErrorCode::usage, "n_ctx must be 0 or more, got " + std::to_string(n_ctx));
   using Clock = std::chrono::steady_clock;
@@ -63,6 +65,9 @@ py::dict memory_dict(const PyModel& self) {
   d["context_bytes"] = m.contexts;
   d["resident_bytes"] = m.resident;
   d["ring_bytes"] = m.ring;
+  d["neuron_bytes"] = m.neurons;
+  d["neuron_slots"] = m.neuron_slots;
+  d["no_neurons"] = m.no_neurons;
   d["streamed_bytes"] = m.streamed;
   d["n_ctx"] = m.n_ctx;
   d["disk_bytes_per_s"] = m.disk_rate;
@@ -72,6 +77,9 @@ py::dict memory_dict(const PyModel& self) {
   d["reads"] = m.reads;
   d["hits"] = m.hits;
   d["misses"] = m.misses;
+  d["neuron_tokens"] = m.neuron_tokens;
+  d["neuron_hits"] = m.neuron_hits;
+  d["neuron_misses"] = m.neuron_misses;
   d["read_seconds"] = m.read_seconds;
   d["wait_seconds"] = m.wait_seconds;
   d["queue_depth"] = m.queue_depth;
@@ -84,7 +92,7 @@ void bind_model(py::module_& m) {
   py::class_<PyModel>(m, "Model", "A mapped packed model, shared by sessions; owns the thread pool.")
       .def(py::init(&open_model), py::arg("path"), py::arg("threads") = 0, py::arg("mmap") = py::none(),
            py::arg("memory_budget") = 0, py::arg("n_ctx") = 0, py::arg("extra_bytes") = 0,
-           py::arg("progress") = py::none(), py::arg("device") = "cpu")
+           py::arg("progress") = py::none(), py::arg("device") = "cpu", py::arg("neuron_share") = 0.0)
       .def("memory", &memory_dict)
       .def_property_readonly("mapped", [](const PyModel& self) { return !self.get().copied(); },
                              "Whether the weights are mapped from the file, not copied into memory.")

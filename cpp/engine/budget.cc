@@ -55,13 +55,16 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
                                        megabytes(total) + " that this machine, or its container, has; use less");
   }
   m.n_ctx = options.n_ctx ? options.n_ctx : usual_context(decoder, m.budget);
+  prepare_neurons(options);
   give_back_freed_memory();  // of the tokenizer's files, mostly
   const size_t now = resident_memory();
   m.process = now ? now : kUnknownProcess;
   m.working = allocated_bytes() - allocated_before + options.extra_bytes + kReserve + m.budget / kReserveShare;
   m.contexts = context_bytes(decoder, m.n_ctx);
   const size_t fixed = m.process + m.working + m.contexts;
-  const ResidencyPlan plan = decoder.plan_residency(m.budget > fixed ? m.budget - fixed : 0);
+  const size_t room = m.budget > fixed ? m.budget - fixed : 0;
+  const int slots = plan_neurons(options, room);
+  const ResidencyPlan plan = decoder.plan_residency(room - m.neurons);
   if (fixed + plan.resident_bytes + plan.ring_bytes > m.budget) {
     const size_t floor = fixed + plan.resident_bytes + plan.ring_bytes;
     throw Error(ErrorCode::budget,
@@ -75,6 +78,7 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
   auto queue = std::make_shared<ReadQueue>(source, kReaders, kReadUnit);
   decoder.load_resident(packed, plan, queue, options.progress);
   const FlashWeights& flash = *decoder.flash();
+  open_neurons(options, slots);
   m.resident = plan.resident_bytes;
   m.ring = flash.ring_bytes();
   m.streamed = plan.streamed_bytes;
@@ -90,6 +94,7 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
   m.hits = stream.ready;
   m.misses = stream.waited;
   m.wait_seconds = stream.wait_seconds;
+  count_neurons(&m);
   context_room = int64_t(m.contexts);
 }
 
@@ -99,14 +104,24 @@ MemoryStats Model::Impl::memory() const {
   if (!flash) return m;
   const ReadStats reads = flash->read_stats();
   const StreamStats stream = flash->stream_stats();
-  m.passes = stream.passes - planned.passes;
-  m.read_bytes = reads.bytes - planned.read_bytes;
-  m.reads = reads.reads - planned.reads;
-  m.read_seconds = reads.busy_seconds - planned.read_seconds;
-  m.queue_depth = m.read_seconds > 0 ? (reads.depth_seconds - planned.queue_depth) / m.read_seconds : 0;
-  m.hits = stream.ready - planned.hits;
-  m.misses = stream.waited - planned.misses;
-  m.wait_seconds = stream.wait_seconds - planned.wait_seconds;
+  m.passes = stream.passes;
+  m.read_bytes = reads.bytes;
+  m.reads = reads.reads;
+  m.read_seconds = reads.busy_seconds;
+  m.queue_depth = reads.depth_seconds;
+  m.hits = stream.ready;
+  m.misses = stream.waited;
+  m.wait_seconds = stream.wait_seconds;
+  m.neuron_tokens = m.neuron_hits = m.neuron_misses = 0;
+  count_neurons(&m);
+  m.passes -= planned.passes;
+  m.read_bytes -= planned.read_bytes;
+  m.reads -= planned.reads;
+  m.read_seconds -= planned.read_seconds;
+  m.queue_depth = m.read_seconds > 0 ? (m.queue_depth - planned.queue_depth) / m.read_seconds : 0;
+  m.hits -= planned.hits;
+  m.misses -= planned.misses;
+  m.wait_seconds -= planned.wait_seconds;
   return m;
 }
 

@@ -42,6 +42,12 @@ struct Model::Impl {
 
  private:
   void open_within_budget(const ModelOptions& options);
+  // Single neurons (neurons.cc): whether there can be any; how many, with so many bytes for all weights; and their part of
+  // the statistics.
+  void prepare_neurons(const ModelOptions& options);
+  int plan_neurons(const ModelOptions& options, size_t room);
+  void open_neurons(const ModelOptions& options, int slots);
+  void count_neurons(MemoryStats* m) const;
 };
 
 }  // namespace sr

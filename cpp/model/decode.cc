@@ -28,6 +28,7 @@ void Decoder::decode(int tid, const Pass& pass) {
   }
   for (int l = 0; l < c.n_layers; l++) {
     const LayerWeights& w = attention_weights(l);
+    if (l == 0 && tid == 0 && pass.stored) request_neurons(pass, 0, Ask::known);
     if (tid == 0) count_held(pass, pass.pos, true, w.attn_qkv.bytes + w.attn_o.bytes);
     prepare_row(w.attn_norm, t.x.data(), w.attn_qkv, &t.in, 0);
     share(w.attn_qkv, masked(pass, tid, l, Site::A, &t.in), qkv_.data());
@@ -40,6 +41,7 @@ void Decoder::decode(int tid, const Pass& pass) {
 
     if (tid == 0) counter_[0].reset();
     if (l + 1 == c.n_layers && pass.which == Logits::none) break;
+    if (tid == 0 && pass.stored) request_neurons(pass, l, Ask::predicted);
     gather_attention(tid, t, l, pass.pos);
     mask_heads(pass, l, 0, tid == 0, t.att.row(0));
     norm_row(w.attn_sub_norm, t.att.row(0), c.n_attn(), t.att.row(0));
@@ -58,8 +60,9 @@ void Decoder::decode(int tid, const Pass& pass) {
       norm_row(f.ffn_sub_norm, z_.row(0), c.n_ff, t.z.row(0));
       if (f.ffn_down.quantised) t.z.quantise(0);
     }
-    share(f.ffn_down, f.ffn_sub_norm ? masked(pass, tid, l, Site::Z, &t.z) : masked(pass, tid, l, Site::Z, &z_, true),
-          branch_down_.data());
+    const Input z = f.ffn_sub_norm ? masked(pass, tid, l, Site::Z, &t.z) : masked(pass, tid, l, Site::Z, &z_, true);
+    if (pass.stored) multiply_columns(tid, l, z);
+    else share(f.ffn_down, z, branch_down_.data());
     if (tid == 0) leave_ = gives_up(pass);
     pool_.barrier();
 

@@ -80,8 +80,8 @@ Decoder::Decoder(const PackedModel& model, int threads)
   z_.reset(1, c.n_ff, kWorkspace);
 
   if (by_neuron) survivors_.reset(size_t(c.n_ff), kWorkspace);
-  for (int l = 0; l < c.n_layers; l++)
-    for (Site s : {Site::A, Site::O, Site::M, Site::Z}) break_even_.push_back(break_even_by_shape(matrix_of(l, s)));
+  // Inputs of down that are exactly 0 need no threshold to be skipped. After a sub-norm they are 0 still.
+  no_threshold_.reset(size_t(std::max(c.n_ff, c.n_attn())), kWorkspace);
   true_zeros_ = c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 ||
                 c.up_relu;
 
@@ -120,7 +120,8 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
   not_finite_.store(false, std::memory_order_relaxed);
   counter_[0].reset();
   counter_[1].reset();
-  const Pass pass = {tokens, n, pos, cache, which, logits, &should_stop, skipping};
+  Pass pass = {tokens, n, pos, cache, which, logits, &should_stop, skipping};
+  pass.stored = works_from_store(pass);
   make_prediction_buffers(pass);
   if (!run_pass(pass)) return false;
   if (not_finite_.load(std::memory_order_relaxed)) {
@@ -136,7 +137,8 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
 bool Decoder::run_pass(const Pass& pass) {
   std::string error;
   if (flash_) {
-    flash_->begin_pass();
+    if (pass.stored) store_->pool().begin_token();
+    else flash_->begin_pass();
     if (fetched_rows_.size() && pass.tokens) {
       error = flash_->fetch_rows(pass.tokens, pass.n, *pass.should_stop, fetched_rows_.data());
     }
@@ -146,8 +148,9 @@ bool Decoder::run_pass(const Pass& pass) {
     else pool_.run([&](int tid) { prefill(tid, pass); });
   }
   if (!flash_) return !leave_;
-  const bool stopped = flash_->failed() || error == "cancelled";
-  const std::string end = flash_->end_pass();
+  const bool stopped = (pass.stored ? store_->pool().failed() : flash_->failed()) || error == "cancelled";
+  std::string end = pass.stored ? store_->pool().end_token() : flash_->end_pass();
+  if (pass.stored && end.empty()) end = store_->changed();
   if (!end.empty()) error = end;
   if (!error.empty() && error != "cancelled") {
     throw Error(ErrorCode::runtime, error + "; the answer ends here, what was generated before it is sound");

@@ -13,6 +13,7 @@
 #include "model/decoder_config.h"
 #include "model/flash_weights.h"
 #include "model/kv_cache.h"
+#include "model/neuron_store.h"
 #include "model/rope.h"
 #include "model/weights.h"
 #include "sparse/neurons.h"
@@ -67,6 +68,16 @@ class Decoder {
   void load_resident(const PackedModel& model, const ResidencyPlan& plan, std::shared_ptr<ReadQueue> queue,
                      const LoadProgress& progress);
   const FlashWeights* flash() const { return flash_.get(); }
+  // Before load_resident: a store of single neurons, null where the weights do not allow one. Throws as NeuronStore does.
+  NeuronStore* make_store(const PackedModel& model, std::shared_ptr<ByteSource> source);
+  void drop_store() { store_.reset(); }
+  void open_store(int slots, int readers, size_t unit, const LoadProgress& progress) {
+    store_->open(slots, readers, unit, progress);
+  }
+  const NeuronStore* store() const { return store_.get(); }
+  std::string store_refusal() const { return NeuronStore::refusal(weights_); }
+  // Room at which everything but the FFNs stays in memory.
+  size_t room_without_ffn() const { return FlashWeights::room_without_ffn(weights_); }
   // Bytes that a session of n_ctx positions takes, its share of the decoder's memory included.
   size_t context_bytes(int n_ctx) const;
 
@@ -106,6 +117,7 @@ class Decoder {
     const std::function<bool()>* should_stop;
     Skipping skipping;
     const LayerRun* one = nullptr;  // a single layer instead of all
+    bool stored = false;            // FFNs are computed from the store of single neurons
   };
 
   // Neurons of one thread: [begin, end), multiples of 64; where a list says which of them are computed, its positions
@@ -134,9 +146,20 @@ class Decoder {
   bool await(const Slice& s, int tid, const Pass& pass) {
     return s.unit < 0 || flash_->await(s.unit, tid == 0 ? pass.should_stop : nullptr);
   }
-  bool gives_up(const Pass& pass) { return (*pass.should_stop)() || (flash_ && flash_->failed()); }
+  bool gives_up(const Pass& pass) {
+    return (*pass.should_stop)() || (pass.stored ? store_->pool().failed() : flash_ && flash_->failed());
+  }
 
   void decode(int tid, const Pass& pass);
+  // The store, where a pass works from it (stored.cc): what a layer needs is asked for, awaited, and multiplied.
+  bool works_from_store(const Pass& pass) const;
+  enum class Ask : uint8_t { known, predicted };  // what was known before the layer began, what its predictor has said
+  void request_neurons(const Pass& pass, int layer, Ask ask);
+  bool await_neurons(int tid, const Pass& pass, int layer);
+  // rows() of the layer's weights wherever they are; slots_ from `room` on is this thread's.
+  void multiply_rows(const Pass& pass, int layer, int tid, const int32_t* ids, int begin, int end, float* gate,
+                     float* up, int room);
+  void multiply_columns(int tid, int layer, Input z);
   void decode_panels(int tid, const Pass& pass, int layer);
   void decode_neurons(int tid, const Pass& pass, int layer);
   void decode_neurons(int tid, const Pass& pass, int layer, NeuronShare share);
@@ -183,7 +206,7 @@ class Decoder {
   void measure(const Pass& pass, const NeuronRows& w, float* gate, float* up, const uint8_t* flags, float* z) const;
   void rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const;
   // Thresholds of a site for the token at pos, or null. Decode: also those of exact zeros.
-  Thresholds threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const;
+  const float* threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const;
   const Linear& matrix_of(int layer, Site site) const;
   bool site_quantised(int layer, Site site) const;
   // Whether neurons that are exactly 0 are looked for in decode.
@@ -197,7 +220,7 @@ class Decoder {
   void count_held(const Pass& pass, int pos, bool decode, size_t bytes) const;
   void count_kept(const Pass& pass, int layer, Site site, int kept) const;
   // Share of columns or neurons above which leaving out the others does not pay.
-  float break_even(const Pass& pass, int layer, Site site) const;
+  float break_even(const Pass& pass) const;
   // Of `offered` neurons `kept` are computed; rows: rows of each of the others that are not read.
   void count_neurons(const Pass& pass, Site site, const NeuronRows& w, int kept, int offered, int rows) const;
   // What w multiplies in decode: `in`, its columns listed where fewer are kept than the break-even.
@@ -221,6 +244,9 @@ class Decoder {
   FairMutex turn_;  // the pool and everything below belong to the pass that holds it
 
   std::unique_ptr<FlashWeights> flash_;  // null: all weights are in memory
+  std::unique_ptr<NeuronStore> store_;   // null: no single neurons are read
+  AlignedBuffer<int32_t> wanted_, slots_;  // [n_ff] of the store: a prediction in one list; slots of each thread's share
+  AlignedBuffer<uint32_t> place_;          // [n_ff] of the columns that z selects
   AlignedBuffer<float> fetched_rows_;    // [kMaxBlock, n_embd] embedding rows of the pass, where not all are in memory
 
   std::vector<std::unique_ptr<Thread>> thread_;
@@ -235,7 +261,7 @@ class Decoder {
   AlignedBuffer<float> partial_out_, partial_max_, partial_sum_;
   WorkCounter counter_[2];
   AlignedBuffer<int32_t> survivors_;   // [n_ff] neurons of each thread's share whose up rows are wanted
-  std::vector<float> break_even_;      // [n_layers, A O M Z] by shape
+  AlignedBuffer<float> no_threshold_;  // [n_ff or n_attn, the larger] zeros
   bool true_zeros_ = false;            // the activation gives exact zeros
   static constexpr int32_t no_neurons_[1] = {0};  // an empty list is not a missing one
   bool leave_ = false;

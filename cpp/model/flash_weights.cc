@@ -240,6 +240,17 @@ ResidencyPlan FlashWeights::plan(const DecoderWeights& weights, size_t room) {
   return plan_residency(items, room);
 }
 
+size_t FlashWeights::room_without_ffn(const DecoderWeights& w) {
+  constexpr size_t kStep = size_t(1) << 20;
+  size_t ffn = 0, rest = w.head().bytes;
+  for (const LayerWeights& l : w.layers) {
+    ffn += l.ffn_bytes();
+    rest += l.attn_qkv.bytes + l.attn_o.bytes;
+  }
+  while (plan(w, rest).streamed_bytes > ffn) rest += kStep;
+  return rest;
+}
+
 FlashWeights::FlashWeights(const PackedModel& model, DecoderWeights* w, const ResidencyPlan& plan, int threads,
                            std::shared_ptr<ReadQueue> queue, const LoadProgress& progress)
     : queue_(std::move(queue)), plan_(plan), file_(model.weights().file().data()) {

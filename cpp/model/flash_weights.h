@@ -24,6 +24,8 @@ class FlashWeights {
  public:
   // Says what would stay with `room` bytes for weights and ring. Looks at sizes only.
   static ResidencyPlan plan(const DecoderWeights& w, size_t room);
+  // The least room (to a megabyte) at which all but FFNs stays.
+  static size_t room_without_ffn(const DecoderWeights& w);
 
   // Cuts the matrices of *w as planned and reads what stays into the room of the packed file, which must be one that is
   // read piece by piece. Throws Error(runtime) on a failed read, Error(cancelled) when progress says so.

@@ -14,14 +14,14 @@ void add_neuron_bias(const float* bias, int step, int offset, const int32_t* ids
   }
 }
 
+}  // namespace
+
 void add_biases(const NeuronRows& w, const int32_t* ids, int begin, int end, float* gate, float* up) {
   if (!w.bias) return;
   const int step = w.m.gated ? 2 * kTileRows : kTileRows;
   if (gate) add_neuron_bias(w.bias, step, 0, ids, begin, end, gate);
   if (up) add_neuron_bias(w.bias, step, w.m.gated ? kTileRows : 0, ids, begin, end, up);
 }
-
-}  // namespace
 
 NeuronRows load_neuron_rows(const PackedModel& model, const std::string& name, int neurons, int cols, bool gated) {
   NeuronRows w;

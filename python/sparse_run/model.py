@@ -33,6 +33,11 @@ log = logging.getLogger("sparse_run")
 log.addHandler(logging.NullHandler())
 
 
+def _check_ctx_size(ctx_size: int | None) -> None:
+    if ctx_size is not None and not 1 <= ctx_size < 2**31:
+        raise UsageError(f"ctx_size is {ctx_size}; it must be from 1 to 2^31 - 1")
+
+
 class Message(TypedDict):
     """One turn of a conversation; role is "system", "user" or "assistant"."""
 
@@ -64,8 +69,7 @@ class Model:
 
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more")
-        if ctx_size is not None and ctx_size < 1:
-            raise UsageError(f"ctx_size is {ctx_size}; it must be 1 or more")
+        _check_ctx_size(ctx_size)
         budget = 0 if memory_budget is None else parse_size(memory_budget)
         self.path = Path(path)
         self._tokenizer: Tokenizer | None = None
@@ -340,8 +344,7 @@ class Model:
 
     def session(self, *, ctx_size: int | None = None) -> Session:
         """A cache of its own, for a conversation or a thread; close it, or use it in a `with` block."""
-        if ctx_size is not None and ctx_size < 1:
-            raise UsageError(f"ctx_size is {ctx_size}; it must be 1 or more")
+        _check_ctx_size(ctx_size)
         session = Session(self, ctx_size or self.ctx_size)
         self._sessions.add(session)
         return session

@@ -147,7 +147,7 @@ def _read(path: str | Path, *, lines: bool = False) -> Any:
                 return [json.loads(line) for line in text.splitlines() if line.strip()]
             except ValueError:
                 pass
-        raise UsageError(f"{path}: not JSON ({error})") from None
+        raise UsageError(f"{path}: not JSON ({error}); give a JSON file") from None
 
 
 def _point(line: str, name: str, perplexity: Any, rate: Any) -> Point | None:

@@ -42,11 +42,16 @@ class Sampling:
                 raise UsageError(f"{name} is {value}; it must be {wanted}")
 
         check("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
-        check("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more")
+        check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all tokens) or a number up to 2^31 - 1")
         check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         check("repeat_penalty", self.repeat_penalty, self.repeat_penalty > 0, "above 0 (1 = off)")
-        check("repeat_last_n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (the whole context) or more")
+        check(
+            "repeat_last_n",
+            self.repeat_last_n,
+            -1 <= self.repeat_last_n < 2**31,
+            "-1 (the whole context) or a number up to 2^31 - 1",
+        )
         check("seed", self.seed, -1 <= self.seed < 2**63, "-1 (a fresh one) or a number from 0 to 2^63 - 1")
 
     def sampler(self, n_ctx: int) -> _core.Sampler:

@@ -62,6 +62,11 @@ def test_version_names_the_instruction_set(run_cli: Run) -> None:
         ["generate", "-p", "x", "-t", "0"],
         ["generate", "-p", "x", "--temp", "-1"],
         ["generate", "-p", "x", "--top-p", "nan"],
+        ["generate", "-p", "x", "--top-k", str(10**20)],
+        ["generate", "-p", "x", "--repeat-last-n", str(2**31)],
+        ["calibrate", "--seed", str(10**20)],
+        ["train-predictor", "--seed", str(2**32)],
+        ["train-predictor", "--recall", "nan"],
         ["generate", "one-model", "-m", "other-model", "-p", "x"],
         ["generate", "-p", "x", "-sys", "y"],
         ["chat", "--chat-template", "no-such-template"],
@@ -100,6 +105,11 @@ def test_environment_variables_set_long_options_and_flags_win(run_cli: Run, stor
     assert len(json.loads(run_cli(*base, "-n", "5", env=environment).stdout)["tokens"]) == 5
     done = run_cli(*base, env={**environment, "SPARSE_RUN_MAX_TOKENS": "x"})
     assert done.returncode == 2 and "--max-tokens" in done.stderr
+
+
+def test_a_context_that_no_machine_has_is_exit_2(run_cli: Run, stories_packed: Path) -> None:
+    done = run_cli("generate", "-m", stories_packed, "-p", "x", "-c", 10**12)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "ctx_size is 1000000000000" in done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -145,6 +155,8 @@ def test_each_error_has_its_exit_code_and_is_one_line(
     ("error", "code", "text"),
     [
         (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device; free some space"),
+        (FileNotFoundError(2, "No such file or directory", "/x"), 1, "/x: No such file or directory; check the path"),
+        (IsADirectoryError(21, "Is a directory", "/x"), 1, "/x: Is a directory; give a file"),
         (PermissionError(13, "Permission denied", "/x"), 1, "/x: Permission denied; check the permissions"),
         (MemoryError(), 5, "out of memory"),
         (KeyboardInterrupt(), 130, ""),

@@ -89,6 +89,33 @@ struct RandomMatrix {
   }
 };
 
+// A matrix whose columns lie apart from the scales, in any order.
+struct ColumnsApart {
+  sr::PanelMatrix view;
+  std::vector<uint8_t> heads, runs;
+  std::vector<uint32_t> place;  // [padded columns]
+
+  ColumnsApart(const sr::PanelMatrix& m, std::mt19937& rng) : view(m), place(size_t(m.padded_cols())) {
+    const size_t column = m.run_bytes(m.padded_rows());
+    for (size_t c = 0; c < place.size(); ++c) place[c] = uint32_t(c * column);
+    std::shuffle(place.begin(), place.end(), rng);
+    runs.assign(place.size() * column + 64, 0x55);
+    const uint8_t* panel = m.data;
+    for (int r = 0; r < m.padded_rows(); r += m.panel_rows) {
+      const int R = std::min(m.panel_rows, m.padded_rows() - r);
+      for (int s = 0; s < m.slabs(); ++s, panel += m.slab_bytes(R)) {
+        heads.insert(heads.end(), panel, panel + m.slab_head_bytes(R));
+        for (int c = 0; c < sr::kSlabCols; ++c) {
+          std::copy_n(panel + m.slab_head_bytes(R) + size_t(c) * m.run_bytes(R), m.run_bytes(R),
+                      runs.data() + place[size_t(s * sr::kSlabCols + c)] + m.run_bytes(r));
+        }
+      }
+    }
+    view.data = heads.data();
+    view.runs = runs.data();
+  }
+};
+
 struct Quantised {
   std::vector<int8_t> q;
   std::vector<float> scale;

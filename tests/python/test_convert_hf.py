@@ -230,8 +230,12 @@ TROUBLES: dict[str, tuple[Callable[[Path], object], str]] = {
         "lies outside the file",
     ),
     "header type": (lambda d: damage_header(d, lambda h: h[NORM].update(dtype="F64")), "is of type F64"),
+    "header overlap": (
+        lambda d: damage_header(d, lambda h: h["lm_head.weight"].update(data_offsets=h["model.embed_tokens.weight"]["data_offsets"])),
+        "tensors lm_head.weight and model.embed_tokens.weight overlap",
+    ),
     "tensor unknown": (
-        lambda d: damage_header(d, lambda h: h.update(extra=h[NORM])),
+        lambda d: damage_header(d, lambda h: h.update(extra={**h[NORM], "shape": [0], "data_offsets": [0, 0]})),
         "tensor extra belongs to no part",
     ),
     "tensor missing": (lambda d: damage_header(d, lambda h: h.pop(NORM)), "tensor model.norm.weight is missing"),

@@ -26,6 +26,10 @@ struct ModelOptions {
   size_t memory_budget = 0;
   int n_ctx = 0;              // only with a budget; 0 = what an eighth of it holds, 256..4096 and what the model knows
   size_t extra_bytes = 0;     // only with a budget: what the caller will allocate himself
+  // Only with a budget: the share of the FFNs' neurons that tokens will need together, where set_neurons or set_predictor
+  // will say which. Above 0, as many single neurons as fit stay in memory, and decoding reads no others than are missing
+  // (where the model has a file of neurons: sparse-run convert --order). Prompts read the FFNs whole.
+  double neuron_share = 0;
   // Bytes of weights read of those to read at the start; true stops it with Error(cancelled). From the calling thread.
   std::function<bool(size_t done, size_t total)> progress = nullptr;
 };
@@ -38,6 +42,9 @@ struct MemoryStats {
   size_t contexts = 0;         // keys, values and logits of n_ctx tokens
   size_t resident = 0;         // weights in memory
   size_t ring = 0;             // weights that are read ahead
+  size_t neurons = 0;          // single neurons, their tables included
+  int64_t neuron_slots = 0;    // how many
+  std::string no_neurons;      // why there are none where they were asked for
   size_t streamed = 0;         // weights that every pass reads; a pass is a token, or a block of a prompt
   int n_ctx = 0;               // tokens that all contexts may hold together
   double disk_rate = 0;        // bytes a second at the start, 0 where too little was read to tell
@@ -47,6 +54,9 @@ struct MemoryStats {
   int64_t reads = 0;
   int64_t hits = 0;            // pieces that were in memory when they were needed, resident ones not counted
   int64_t misses = 0;          // pieces that had to be waited for
+  int64_t neuron_tokens = 0;   // passes that read single neurons
+  int64_t neuron_hits = 0;     // neurons that were in memory, or on their way there, when they were asked for
+  int64_t neuron_misses = 0;   // neurons that had to be read
   double read_seconds = 0;     // during which the disk was busy
   double wait_seconds = 0;     // during which computing waited for it
   double queue_depth = 0;      // reads in progress while the disk was busy, mean
@@ -117,10 +127,8 @@ class Model {
 // Thresholds at the sites A, O, M, Z and G of every layer (cpp/sparse/plan.h), bound to one model.
 class Sparsity {
  public:
-  // Positions before dense_tokens stay dense. Throws Error(usage).
-  Sparsity(const Model& model, int dense_tokens);
-  // The density, 0 to 1, above which products of a site run dense; not set: by the matrix's shape. Throws Error(usage).
-  void set_break_even(const std::string& site, float break_even);
+  // Positions before dense_tokens stay dense; above the density break_even a product runs dense. Throws Error(usage).
+  Sparsity(const Model& model, int dense_tokens, float break_even);
   // site: "A", "O", "M", "Z" or "G"; n thresholds, one for each input (neuron) or one for all. Throws Error(usage),
   // also where the layout of the layer's FFN does not allow the site.
   void set(const std::string& site, int layer, const float* thresholds, size_t n);

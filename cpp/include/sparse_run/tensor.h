@@ -44,6 +44,9 @@ struct PanelMatrix {
   int rows = 0;         // true outputs
   int cols = 0;         // true inputs
   int panel_rows = 64;  // rows of every panel but perhaps the last; a multiple of 64
+  // Where single columns are held apart, for products on active columns: then `data` has the slabs' heads alone, and the
+  // run of a column in the panel of first row r begins run_bytes(r) after runs + ActiveColumns::place. Null elsewhere.
+  const uint8_t* runs = nullptr;
 
   SR_INLINE int padded_rows() const { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
   SR_INLINE int padded_cols() const { return (cols + kSlabCols - 1) / kSlabCols * kSlabCols; }
@@ -53,7 +56,7 @@ struct PanelMatrix {
   // Bytes of scales and minima at the head of a slab of R rows.
   SR_INLINE size_t slab_head_bytes(int R) const { return size_t(32 / group) * (has_min ? 2 : 1) * 2 * R; }
   SR_INLINE size_t run_bytes(int R) const { return size_t(R) * code_bits(kind) / 8; }
-  SR_INLINE size_t slab_bytes(int R) const { return slab_head_bytes(R) + kSlabCols * run_bytes(R); }
+  SR_INLINE size_t slab_bytes(int R) const { return slab_head_bytes(R) + (runs ? 0 : kSlabCols * run_bytes(R)); }
   SR_INLINE size_t panel_bytes(int R) const {
     if (is_quantised(kind)) return size_t(slabs()) * slab_bytes(R);
     return size_t(R) * cols * (kind == WeightKind::f32 ? 4 : 2);

@@ -23,7 +23,9 @@ float half_at(const uint8_t* p, size_t i) {
   return f16_to_f32(h);
 }
 
-void unpack(const PanelMatrix& m, const TilePlace& at, int slab_index, TileSlab* out) {
+// active: the columns that are wanted, where they are held apart.
+void unpack(const PanelMatrix& m, const TilePlace& at, int slab_index, TileSlab* out,
+            const ActiveColumns* active = nullptr) {
   const uint8_t* slab = at.panel + size_t(slab_index) * m.slab_bytes(at.R);
   const int parts = kSlabCols / m.group, bias = code_bias(m.kind);
   for (int p = 0; p < parts; ++p)
@@ -34,8 +36,10 @@ void unpack(const PanelMatrix& m, const TilePlace& at, int slab_index, TileSlab*
                            : 0.0f;
     }
   const size_t run_bytes = m.run_bytes(at.R);
-  const uint8_t* run = slab + m.slab_head_bytes(at.R);
-  for (int c = 0; c < kSlabCols; ++c, run += run_bytes) {
+  const int first = slab_index * kSlabCols, columns = at.runs ? active->count[slab_index] : kSlabCols;
+  for (int i = 0; i < columns; ++i) {
+    const int c = at.runs ? active->cols[first + i] : i;
+    const uint8_t* run = at.runs ? at.runs + active->place[first + i] : slab + m.slab_head_bytes(at.R) + c * run_bytes;
     int8_t* w = out->w[c];
     if (m.kind == WeightKind::q8) {
       for (int i = 0; i < kTileRows; ++i) w[i] = int8_t(run[at.row + i] - 128);
@@ -120,7 +124,7 @@ void gemv_q_cols(const PanelMatrix& w, const QuantVector& x, const ActiveColumns
     std::memset(out, 0, kTileRows * sizeof(float));
     for (int s = 0; s < w.slabs(); ++s) {
       if (active.count[s] == 0) continue;
-      unpack(w, at, s, &t);
+      unpack(w, at, s, &t, &active);
       accumulate(w, t, x.q + s * kSlabCols, x.scale[s], x.sum + 2 * s, active.cols + s * kSlabCols, active.count[s],
                  out);
     }

@@ -21,35 +21,37 @@ struct SlabPlan {
   uint32_t off[2 * kSlabCols];
   uint32_t x4[2 * kSlabCols / 4];
   int quads[2];  // per group; the second group's quads follow the first's
-  int columns;   // visited; entries of off without those that fill up
+  int columns;   // entries of off
 };
 
-// All 32 columns of slabs whose runs are run_bytes apart, less the inputs.
-SR_INLINE void plan_all(int group, uint32_t run_bytes, SlabPlan* plan) {
-  for (int c = 0; c < kSlabCols; ++c) plan->off[c] = c * run_bytes;
-  plan->quads[0] = group / 4;
-  plan->quads[1] = group == 16 ? 4 : 0;
-  plan->columns = kSlabCols;
-}
-
-// Columns cols[0..count) (ascending, 32 readable) of a slab whose runs are run_bytes apart. A group's last quad is filled
-// up with an input of 0 on a column that is read anyway.
-template <class V, int GROUP>
-inline void plan_slab(const int8_t* q, const uint8_t* cols, int count, uint32_t run_bytes, SlabPlan* plan) {
-  plan->columns = count;
-  plan->quads[0] = plan->quads[1] = 0;
-  if (count == 0) return;
-  if constexpr (GROUP == 32) {
-    V::template list_columns<32>(q, cols, count, run_bytes, plan->off, plan->x4);
-    plan->quads[0] = (count + 3) / 4;
-  } else {
-    int first = 0;
-    for (int i = 0; i < 16; ++i) first += (cols[i] < 16) & (i < count);
-    if (first) V::template list_columns<16>(q, cols, first, run_bytes, plan->off, plan->x4);
-    const int quads = plan->quads[0] = (first + 3) / 4, rest = count - first;
-    if (rest) V::template list_columns<16>(q, cols + first, rest, run_bytes, plan->off + 4 * quads, plan->x4 + quads);
-    plan->quads[1] = (rest + 3) / 4;
+// Columns cols[0..count) (ascending; null = all 32) of a slab whose runs are run_bytes apart. A group's last quad is
+// filled up with an input of 0 on a column that is read anyway. place: where the columns' runs begin instead, or null.
+static void plan_slab(const int8_t* q, const uint8_t* cols, int count, const uint32_t* place, int group,
+                      uint32_t run_bytes, SlabPlan* plan) {
+  if (!cols) {
+    for (int c = 0; c < kSlabCols; ++c) plan->off[c] = c * run_bytes;
+    std::memcpy(plan->x4, q, kSlabCols);
+    plan->quads[0] = group / 4;
+    plan->quads[1] = group == 16 ? 4 : 0;
+    plan->columns = kSlabCols;
+    return;
   }
+  int n = 0, i = 0;
+  for (int part = 0; part < kSlabCols / group; ++part) {
+    const int start = n;
+    for (; i < count && cols[i] < (part + 1) * group; ++i, ++n) {
+      plan->off[n] = place ? place[i] : cols[i] * run_bytes;
+      reinterpret_cast<int8_t*>(plan->x4)[n] = q[cols[i]];
+    }
+    if (n > start)
+      for (; n % 4; ++n) {
+        plan->off[n] = plan->off[n - 1];
+        reinterpret_cast<int8_t*>(plan->x4)[n] = 0;
+      }
+    plan->quads[part] = (n - start) / 4;
+  }
+  if (group == 32) plan->quads[1] = 0;
+  plan->columns = n;
 }
 
 template <class V, int BITS>
@@ -78,11 +80,12 @@ inline void add_slab(typename V::template Acc<BITS>& acc, const uint16_t* scale,
 struct Stretch {
   const uint8_t* panel;
   int R, row, tiles;
+  const uint8_t* runs;
 };
 SR_INLINE Stretch stretch_at(const PanelMatrix& w, int tile, int tile_end) {
-  if (tile >= tile_end) return {nullptr, 0, 0, 0};
+  if (tile >= tile_end) return {nullptr, 0, 0, 0, nullptr};
   const TilePlace at = place_tile(w, tile);
-  return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows)};
+  return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows), at.runs};
 }
 
 // Bytes that are asked for ahead of the slab being computed, at least: in flight or in L2. And those asked for before the
@@ -132,8 +135,13 @@ class ReadAhead {
       if (i < kHeads) {
         bytes = fetch(slab_at_ + (size_t(i) * at_.R + at_.row) * 2, at_.tiles * kTileRows * 2);
       } else {
-        const size_t c = active_ ? active_->cols[slab_ * kSlabCols + i - kHeads] : i - kHeads;
-        const uint8_t* run = slab_at_ + head_bytes_ + c * run_bytes_;
+        const uint8_t* run;
+        if (at_.runs) {
+          run = at_.runs + active_->place[slab_ * kSlabCols + i - kHeads];
+        } else {
+          const size_t c = active_ ? active_->cols[slab_ * kSlabCols + i - kHeads] : i - kHeads;
+          run = slab_at_ + head_bytes_ + c * run_bytes_;
+        }
         const int first = at_.row / kTileRows;
         bytes = fetch(run + first * P::kLow, at_.tiles * P::kLow);
         if (P::kHigh) bytes += fetch(run + at_.R / 2 + first * P::kHigh, at_.tiles * P::kHigh);
@@ -242,15 +250,14 @@ int gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns
   const int slabs = w.slabs(), tiles = at.tiles, R = at.R;
   const size_t slab_bytes = w.slab_bytes(R), head = w.slab_head_bytes(R), run_bytes = w.run_bytes(R);
   std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
-  SlabPlan plan;
-  if (!active) plan_all(GROUP, uint32_t(run_bytes), &plan);
   for (int s = 0; s < slabs; ++s) {
-    const int8_t* q = x.q + s * kSlabCols;
-    if (active) plan_slab<V, GROUP>(q, active->cols + s * kSlabCols, active->count[s], uint32_t(run_bytes), &plan);
-    else std::memcpy(plan.x4, q, kSlabCols);
+    SlabPlan plan;
+    plan_slab(x.q + s * kSlabCols, active ? active->cols + s * kSlabCols : nullptr, active ? active->count[s] : 0,
+              at.runs ? active->place + s * kSlabCols : nullptr, GROUP, uint32_t(run_bytes), &plan);
     if (plan.columns == 0) continue;
     ahead.begin(s, tiles);
     const uint8_t* slab = at.panel + size_t(s) * slab_bytes;
+    const uint8_t* runs = at.runs ? at.runs : slab + head;
     const uint16_t* scale = reinterpret_cast<const uint16_t*>(slab) + at.row;
     int first = 0;
     for (int p = 0; p < kParts; ++p) {
@@ -258,8 +265,8 @@ int gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns
       if (quads == 0) continue;
       const int32_t sum = kParts == 1 ? x.sum[2 * s] + x.sum[2 * s + 1] : x.sum[2 * s + p];
       SlabPart part;
-      part.low = slab + head + size_t(at.row / kTileRows) * P::kLow;
-      part.high = slab + head + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
+      part.low = runs + size_t(at.row / kTileRows) * P::kLow;
+      part.high = runs + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
       part.off = plan.off + 4 * first;
       part.x4 = plan.x4 + first;
       part.quads = quads;

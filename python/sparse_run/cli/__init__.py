@@ -151,13 +151,15 @@ def main(args: Sequence[str] | None = None) -> int:
         _fail(str(error))
         code = error.exit_code
     except MemoryError:
-        _fail("out of memory; choose a smaller model or a smaller --ctx-size")
+        _fail("out of memory; choose a smaller model, a smaller --ctx-size or a shorter prompt")
         code = 5
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         hint = {
             errno.ENOSPC: "; free some space, or set XDG_CACHE_HOME to a larger disk",
             errno.EDQUOT: "; free some space, or set XDG_CACHE_HOME to a larger disk",
+            errno.ENOENT: "; check the path",
+            errno.EISDIR: "; give a file, not a folder",
             errno.EACCES: "; check the permissions of the file and of its folder",
             errno.EPERM: "; check the permissions of the file and of its folder",
             errno.EROFS: "; set XDG_CACHE_HOME to a folder that can be written",

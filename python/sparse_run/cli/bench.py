@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 @device_option
 @sparsity_option
 @budget_option
-@click.option("--prompt", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of the prompt.")
-@click.option("--gen", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded a repetition.")
+@click.option("--prompt", type=click.IntRange(1, 2**30), default=256, show_default=True, help="Tokens of the prompt.")
+@click.option("--gen", type=click.IntRange(1, 2**30), default=64, show_default=True, help="Tokens decoded a repetition.")
 @click.option("--reps", type=click.IntRange(min=1), default=5, show_default=True, help="Repetitions of each.")
 @click.option("--gather", is_flag=True, help="Measure the memory instead: GB/s of random runs by length and share.")
 @click.option(
@@ -153,7 +153,7 @@ def break_even_table(r: BreakEvenResult) -> str:
         rows.append(
             f"{'/'.join(s.sites):<6}{kind:<26}" + "".join(f"{g:>7.2f}" for g in s.gain) + f"  {s.break_even:>9.0%}"
         )
-    return "\n".join([head, *rows, "a product runs dense where more of its columns are kept than its break-even"])
+    return "\n".join([head, *rows, f"products of this model run dense above a density of {r.break_even:.0%}"])
 
 
 def _sparse(

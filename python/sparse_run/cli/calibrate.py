@@ -63,7 +63,9 @@ if TYPE_CHECKING:
 @click.option(
     "--dense-tokens", type=click.IntRange(min=0), default=16, show_default=True, help="First positions that stay dense."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the model's own text.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of the model's own text."
+)
 @click.option("--name", metavar="NAME", help="Name of the file; with one level or budget only.")
 @json_option
 @verbosity_options

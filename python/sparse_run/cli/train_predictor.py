@@ -35,7 +35,7 @@ from .common import (
 @click.option(
     "--dense-tokens", type=click.IntRange(min=0), default=16, show_default=True, help="First positions that stay dense."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of text and training.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of text and training.")
 @click.option("--name", metavar="NAME", default="dejavu", show_default=True, help="Name of the file.")
 @json_option
 @verbosity_options
@@ -73,7 +73,6 @@ def command(
     from ..predictors.dejavu.train import load_torch
     from ..tokenizer import Tokenizer
 
-    load_torch()  # before a model is fetched or converted for nothing
     options = Options(
         tokens=tokens,
         ctx=ctx,
@@ -85,6 +84,7 @@ def command(
         dense_tokens=dense_tokens,
     )
     text = None if text_file is None else read_text(text_file)
+    load_torch()  # it takes seconds, but less than a model that is fetched or converted for nothing
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
     header = files.read_header(path)

@@ -30,6 +30,12 @@ def source_files(src: Path) -> list[Path]:
     if src.is_dir():
         weights = sorted(src.glob("*.safetensors"))
         if not (src / "config.json").is_file() or not weights:
+            pickles = [p for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in sorted(src.glob(pattern))]
+            if pickles and not weights:
+                raise ModelError(
+                    f"{src}: its weights ({pickles[0].name}) are pickles, which run code when they are read; get them as "
+                    "safetensors or GGUF"
+                )
             ggufs = sorted(src.glob("*.gguf"))
             hint = f"; give one of its .gguf files, as {ggufs[0]}" if ggufs else "; give a .gguf file or a packed model"
             raise ModelError(f"{src}: a directory with neither a packed model nor config.json and *.safetensors{hint}")

@@ -5,6 +5,7 @@ As with GGUF, every offset is compared with the size of the file first, and data
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -119,7 +120,12 @@ class SafetensorsFile:
             raise self._fail("the header is not JSON") from None
         if not isinstance(header, dict):
             raise self._fail("the header is not an object")
-        return {name: self._entry(name, e, 8 + length) for name, e in header.items() if name != "__metadata__"}
+        tensors = {name: self._entry(name, e, 8 + length) for name, e in header.items() if name != "__metadata__"}
+        placed = sorted((t for t in tensors.values() if t.nbytes), key=lambda t: t.offset)
+        for first, second in itertools.pairwise(placed):
+            if first.offset + first.nbytes > second.offset:
+                raise self._fail(f"tensors {first.name} and {second.name} overlap")
+        return tensors
 
     def _entry(self, name: str, entry: Any, data: int) -> SafetensorsTensor:
         def is_size(value: Any) -> bool:

@@ -1,0 +1,382 @@
+// All tables belong to the mutex, but for two things. Slots of a layer that was awaited are read without it: nothing
+// changes what the last two requests asked for. And readers fill slots that are loading, which nobody else looks at.
+#include "flash/neuron_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <utility>
+
+#include "sparse_run/error.h"
+
+namespace sr {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kPollInterval = std::chrono::milliseconds(20);
+constexpr size_t kReadBytes = 128 << 10;  // of one read at most, or one record
+constexpr int kReads = 24;                // in progress or waiting for a reader
+// Records that nobody asked for are read along where a read of their own for what follows would cost more.
+constexpr size_t kGapBytes = 16 << 10;
+constexpr int kMostUses = 7, kTries = 4;
+
+enum class SlotState : uint8_t { vacant, loading, loaded };
+
+struct Slot {
+  int32_t owner = -1;               // layer * neurons + neuron
+  int32_t before = -1, after = -1;  // in the list by last use
+  SlotState state = SlotState::vacant;
+  uint8_t uses = 0;
+  int64_t last = -1;  // request
+};
+
+struct Wanted {
+  uint32_t record;
+  int32_t slot;
+};
+
+// Records that are read together: all from the first to the last of them.
+struct Run {
+  int layer;
+  ReadPriority priority;
+  std::vector<Wanted> wanted;  // ascending records
+};
+
+size_t chunk_bytes(size_t record) { return std::max(kReadBytes, size_t(align_up(record)) + 2 * kReadAlign); }
+
+}  // namespace
+
+struct NeuronPool::Shared {
+  Shape shape;
+  Place place;
+  std::shared_ptr<void> keep;
+  ReadQueue* queue = nullptr;  // not to be used once given_up
+
+  mutable std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<Slot> slots;
+  std::vector<int32_t> slot_of, vacant;
+  int32_t oldest = -1, newest = -1;
+  int64_t step = 0;
+  std::deque<std::pair<int32_t, int64_t>> read_now;  // slots that this token has filled, and for which request
+  std::vector<int> loading;       // slots of each layer
+  std::deque<Run> runs;
+  AlignedBuffer<uint8_t> memory;
+  std::vector<uint8_t*> chunks;  // free ones
+  size_t chunk = 0;
+  bool given_up = false;
+  std::atomic<bool> bad{false};
+  std::string error;
+  PoolStats stats;
+
+  void unlink(int32_t s) {
+    Slot& slot = slots[size_t(s)];
+    (slot.before >= 0 ? slots[size_t(slot.before)].after : oldest) = slot.after;
+    (slot.after >= 0 ? slots[size_t(slot.after)].before : newest) = slot.before;
+    slot.before = slot.after = -1;
+  }
+  void append(int32_t s) {
+    Slot& slot = slots[size_t(s)];
+    slot.before = newest;
+    (newest >= 0 ? slots[size_t(newest)].after : oldest) = s;
+    newest = s;
+  }
+  void use(int32_t s) {
+    if (newest != s) {
+      unlink(s);
+      append(s);
+    }
+    Slot& slot = slots[size_t(s)];
+    slot.last = step;
+    slot.uses = uint8_t(std::min(int(slot.uses) + 1, kMostUses));
+  }
+  void vacate(int32_t s) {
+    Slot& slot = slots[size_t(s)];
+    slot_of[size_t(slot.owner)] = -1;
+    slot = Slot{slot.owner, slot.before, slot.after, SlotState::vacant, 0, -1};
+    unlink(s);
+    slot.owner = -1;
+    vacant.push_back(s);
+  }
+  bool may_go(int32_t s) const {
+    const Slot& slot = slots[size_t(s)];
+    return slot.state == SlotState::loaded && slot.last < step - 1;
+  }
+
+  // A slot for something new. The one that was used longest ago goes, unless it was used often: then it gets another
+  // turn. Where even that one was used since this layer's last turn, more is needed than fits, and what this token has read
+  // for earlier layers goes first: otherwise everything would go shortly before its next use.
+  int32_t take() {
+    if (vacant.empty()) {
+      int32_t out = -1;
+      if (oldest >= 0 && slots[size_t(oldest)].last > step - shape.layers) {
+        while (!read_now.empty() && out < 0) {
+          const auto first = read_now.front();
+          const bool same = slots[size_t(first.first)].last == first.second;
+          if (same && !may_go(first.first)) break;
+          if (same) out = first.first;
+          read_now.pop_front();
+        }
+      }
+      for (int tries = 0; out < 0 && tries < kTries; tries++) {
+        Slot& slot = slots[size_t(oldest)];
+        if (!may_go(oldest)) break;
+        if (slot.uses <= 1 || tries + 1 == kTries) {
+          out = oldest;
+        } else {
+          slot.uses /= 2;
+          const int32_t s = oldest;
+          unlink(s);
+          append(s);
+        }
+      }
+      for (int32_t s = oldest; out < 0 && s >= 0; s = slots[size_t(s)].after) {
+        if (may_go(s)) out = s;
+      }
+      if (out < 0) return -1;
+      vacate(out);
+    }
+    const int32_t s = vacant.back();
+    vacant.pop_back();
+    append(s);
+    return s;
+  }
+
+  int32_t begin_loading(int layer, int neuron) {
+    const int32_t s = take();
+    if (s < 0) return s;
+    Slot& slot = slots[size_t(s)];
+    slot.owner = layer * shape.neurons + neuron;
+    slot.state = SlotState::loading;
+    slot.last = step;
+    slot.uses = 1;
+    slot_of[size_t(slot.owner)] = s;
+    loading[size_t(layer)]++;
+    return s;
+  }
+
+  void loaded(const Run& run, bool good) {
+    for (const Wanted& w : run.wanted) {
+      if (good) slots[size_t(w.slot)].state = SlotState::loaded;
+      else vacate(w.slot);
+    }
+    loading[size_t(run.layer)] -= int(run.wanted.size());
+  }
+
+  // Cuts what is wanted of a layer, ascending, into reads.
+  void add_runs(int layer, const std::vector<Wanted>& wanted, ReadPriority priority) {
+    for (size_t i = 0; i < wanted.size(); i++) {
+      bool alone = i == 0;
+      if (!alone) {
+        const Run& last = runs.back();
+        const size_t gap = size_t(wanted[i].record - last.wanted.back().record - 1) * shape.stride;
+        const size_t whole = size_t(wanted[i].record - last.wanted.front().record) * shape.stride + shape.bytes;
+        alone = gap > kGapBytes || whole + 2 * kReadAlign > chunk;
+      }
+      if (alone) runs.push_back({layer, priority, {}});
+      runs.back().wanted.push_back(wanted[i]);
+    }
+  }
+};
+
+namespace {
+
+// With the lock held: hands runs to the readers while there is room for what they read.
+template <class Shared>
+void pump(const std::shared_ptr<Shared>& shared) {
+  Shared& s = *shared;
+  while (!s.given_up && !s.runs.empty() && !s.chunks.empty()) {
+    Run run = std::move(s.runs.front());
+    s.runs.pop_front();
+    uint8_t* to = s.chunks.back();
+    s.chunks.pop_back();
+    const uint64_t base = s.shape.offsets[size_t(run.layer)];
+    const uint64_t begin = base + uint64_t(run.wanted.front().record) * s.shape.stride;
+    const uint64_t end = base + uint64_t(run.wanted.back().record) * s.shape.stride + s.shape.bytes;
+    ReadJob job;
+    job.offset = align_down(begin);
+    job.bytes = size_t(align_up(end) - job.offset);
+    job.to = to;
+    job.priority = run.priority;
+    // The lock order is this object's mutex, then the queue's; a reader calls `done` without the queue's.
+    job.done = [shared, to, run = std::move(run), skip = size_t(begin - job.offset)](const std::string& error) {
+      const auto& shape = shared->shape;
+      for (const Wanted& w : run.wanted) {
+        if (!error.empty()) break;
+        shared->place(w.slot, to + skip + size_t(w.record - run.wanted.front().record) * shape.stride);
+      }
+      std::lock_guard<std::mutex> lock(shared->mutex);
+      shared->loaded(run, error.empty());
+      shared->chunks.push_back(to);
+      if (!error.empty()) {
+        if (!shared->bad.load(std::memory_order_relaxed)) shared->error = error;
+        shared->bad = true;
+      }
+      pump(shared);
+      shared->changed.notify_all();
+    };
+    s.queue->submit(std::move(job));
+  }
+}
+
+}  // namespace
+
+NeuronPool::NeuronPool(std::shared_ptr<ReadQueue> queue, const Shape& shape, int slots, Place place,
+                       std::shared_ptr<void> keep)
+    : shared_(std::make_shared<Shared>()), queue_(std::move(queue)), neurons_(shape.neurons) {
+  SR_CHECK(slots >= least_slots(shape));
+  Shared& s = *shared_;
+  s.shape = shape;
+  s.place = std::move(place);
+  s.keep = std::move(keep);
+  s.queue = queue_.get();
+  s.slots.resize(size_t(slots));
+  s.slot_of.assign(size_t(shape.layers) * size_t(shape.neurons), -1);
+  slot_of_ = s.slot_of.data();
+  for (int i = slots; i-- > 0;) s.vacant.push_back(i);
+  s.loading.assign(size_t(shape.layers), 0);
+  s.chunk = chunk_bytes(shape.bytes);
+  s.memory.reset(s.chunk * kReads + kReadAlign, "neurons that are being read");
+  uint8_t* at = reinterpret_cast<uint8_t*>(align_up(reinterpret_cast<uintptr_t>(s.memory.data())));
+  for (int i = 0; i < kReads; i++) s.chunks.push_back(at + size_t(i) * s.chunk);
+}
+
+NeuronPool::~NeuronPool() {
+  std::lock_guard<std::mutex> lock(shared_->mutex);
+  shared_->given_up = true;
+}
+
+int NeuronPool::least_slots(const Shape& shape) {
+  const size_t in_progress = size_t(kReads) * (chunk_bytes(shape.bytes) / shape.stride + 1);
+  return 2 * shape.neurons + int(std::min(in_progress, size_t(2 * shape.neurons)));
+}
+
+size_t NeuronPool::table_bytes(const Shape& shape, int64_t slots) {
+  const size_t neurons = size_t(shape.layers) * size_t(shape.neurons);
+  // Lists of records are dozens of bytes for each of those being read, at most a layer's.
+  return size_t(slots) * (sizeof(Slot) + 2 * sizeof(int32_t)) + neurons * sizeof(int32_t) +
+         chunk_bytes(shape.bytes) * kReads + kReadAlign + size_t(shape.neurons) * 64;
+}
+
+int NeuronPool::slots() const { return int(shared_->slots.size()); }
+
+std::string NeuronPool::fill(const std::function<bool(size_t done, size_t total)>& should_stop) {
+  Shared& s = *shared_;
+  std::unique_lock<std::mutex> lock(s.mutex);
+  const size_t each = std::min(size_t(s.shape.neurons), s.vacant.size() / size_t(s.shape.layers));
+  std::vector<int32_t> neuron_at(size_t(s.shape.neurons));
+  for (int l = 0; l < s.shape.layers; l++) {
+    const uint32_t* position = s.shape.positions + size_t(l) * size_t(s.shape.neurons);
+    for (int i = 0; i < s.shape.neurons; i++) neuron_at[position[i]] = i;
+    std::vector<Wanted> wanted;
+    for (uint32_t r = 0; r < each; r++) wanted.push_back({r, s.begin_loading(l, neuron_at[r])});
+    s.add_runs(l, wanted, ReadPriority::miss);
+  }
+  for (Slot& slot : s.slots) slot.uses = 0;
+  s.step += s.shape.layers + 1;  // long ago
+  const size_t total = s.runs.size();
+  pump(shared_);
+  const auto left = [&] {
+    int n = 0;
+    for (int l : s.loading) n += l;
+    return n;
+  };
+  const size_t bytes = each * size_t(s.shape.layers) * s.shape.stride;
+  bool stopped = false;
+  while (total && left() > 0 && !s.bad.load(std::memory_order_relaxed) && !stopped) {
+    s.changed.wait_for(lock, kPollInterval);
+    const size_t done = bytes - size_t(left()) * s.shape.stride;
+    lock.unlock();
+    stopped = should_stop && should_stop(done, bytes);
+    lock.lock();
+  }
+  return stopped ? "cancelled" : s.error;
+}
+
+void NeuronPool::begin_token() {
+  Shared& s = *shared_;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  s.bad = false;
+  s.error.clear();
+  s.read_now.clear();
+}
+
+void NeuronPool::request(int layer, const int32_t* ids, int n, ReadPriority priority) {
+  Shared& s = *shared_;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  if (s.bad.load(std::memory_order_relaxed)) return;
+  s.step++;
+  const size_t base = size_t(layer) * size_t(s.shape.neurons);
+  std::vector<Wanted> wanted;
+  // What is there is held before anything is taken.
+  for (int i = 0; i < n; i++) {
+    const int id = ids ? ids[i] : i;
+    const int32_t slot = s.slot_of[base + size_t(id)];
+    if (slot >= 0) s.use(slot);
+    else wanted.push_back({uint32_t(id), 0});
+  }
+  s.stats.hits += n - int64_t(wanted.size());
+  s.stats.misses += int64_t(wanted.size());
+  if (wanted.empty()) return;
+  for (Wanted& w : wanted) {
+    w.slot = s.begin_loading(layer, int(w.record));
+    SR_CHECK(w.slot >= 0);
+    s.read_now.emplace_back(w.slot, s.step);
+    w.record = s.shape.positions[base + w.record];
+  }
+  std::sort(wanted.begin(), wanted.end(), [](const Wanted& a, const Wanted& b) { return a.record < b.record; });
+  s.add_runs(layer, wanted, priority);
+  pump(shared_);
+}
+
+bool NeuronPool::await(int layer, const std::function<bool()>* should_stop) {
+  Shared& s = *shared_;
+  std::unique_lock<std::mutex> lock(s.mutex);
+  const auto settled = [&] { return s.bad.load(std::memory_order_relaxed) || s.loading[size_t(layer)] == 0; };
+  if (!settled()) {
+    const Clock::time_point t0 = Clock::now();
+    while (!settled()) {
+      if (!should_stop) {
+        s.changed.wait(lock);
+        continue;
+      }
+      s.changed.wait_for(lock, kPollInterval);
+      if (settled()) break;
+      lock.unlock();
+      const bool stop = (*should_stop)();
+      lock.lock();
+      if (stop) {
+        s.bad = true;
+        s.changed.notify_all();
+      }
+    }
+    if (should_stop) s.stats.wait_seconds += std::chrono::duration<double>(Clock::now() - t0).count();
+  }
+  return !s.bad.load(std::memory_order_relaxed);
+}
+
+bool NeuronPool::failed() const { return shared_->bad.load(std::memory_order_acquire); }
+
+std::string NeuronPool::end_token() {
+  Shared& s = *shared_;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  if (!s.bad.load(std::memory_order_relaxed)) {
+    s.stats.tokens++;
+    return "";
+  }
+  // What no reader has begun is asked for again by whoever needs it.
+  for (const Run& run : s.runs) s.loaded(run, false);
+  s.runs.clear();
+  s.bad = false;
+  return s.error;
+}
+
+PoolStats NeuronPool::stats() const {
+  std::lock_guard<std::mutex> lock(shared_->mutex);
+  return shared_->stats;
+}
+
+}  // namespace sr

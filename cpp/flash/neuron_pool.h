@@ -1,0 +1,73 @@
+// Single neurons of all layers in memory: slots that are filled from records of a file as tokens need them, and given to
+// others by last use and frequency.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "flash/read_queue.h"
+
+namespace sr {
+
+struct PoolStats {
+  int64_t tokens = 0;
+  int64_t hits = 0;         // neurons that were asked for and in memory, or on their way there
+  int64_t misses = 0;       // neurons that had to be read
+  double wait_seconds = 0;  // of the calling thread
+};
+
+class NeuronPool {
+ public:
+  struct Shape {
+    int layers = 0, neurons = 0;    // of each layer
+    size_t stride = 0;              // bytes from a record to the next one
+    size_t bytes = 0;               // of a record
+    std::vector<uint64_t> offsets;  // of the file, by layer: where its first record begins
+    const uint32_t* positions = nullptr;  // [layers, neurons] which record of its layer a neuron is; lives as long as readers
+  };
+  // Puts a record into a slot; called by readers, for slots that nobody else looks at. Must keep alive what it writes to.
+  using Place = std::function<void(int slot, const uint8_t* record)>;
+
+  // slots >= least_slots, the smaller number: a list that is used, one that is read for the next layer, and what an earlier
+  // token that was given up has left in progress.
+  NeuronPool(std::shared_ptr<ReadQueue> queue, const Shape& shape, int slots, Place place, std::shared_ptr<void> keep);
+  ~NeuronPool();
+  NeuronPool(const NeuronPool&) = delete;
+  NeuronPool& operator=(const NeuronPool&) = delete;
+
+  static int least_slots(const Shape& shape);
+  // Bytes that the pool takes beside its slots: tables, and room for reads in progress.
+  static size_t table_bytes(const Shape& shape, int64_t slots);
+
+  int slots() const;
+  // Fills free slots with the first records of every layer, in long reads. Returns why that failed, or the empty text;
+  // "cancelled" when should_stop, asked every 20 ms with the bytes done and to do, says so.
+  std::string fill(const std::function<bool(size_t done, size_t total)>& should_stop);
+
+  // From one thread: a token begins; then the layers in order, each once: what it needs (ids null: the first n neurons) is
+  // on its way when request returns. What the last two requests asked for stays.
+  void begin_token();
+  void request(int layer, const int32_t* ids, int n, ReadPriority priority);
+  // From every thread: waits until what was requested for the layer is in memory; false: a read has failed, or should_stop
+  // (or null) said so, and nothing of this token is of use.
+  bool await(int layer, const std::function<bool()>* should_stop);
+  // The slot of a neuron that was requested and awaited.
+  int slot(int layer, int neuron) const { return slot_of_[size_t(layer) * size_t(neurons_) + size_t(neuron)]; }
+  bool failed() const;  // or stopped
+  // The token is over, whole or not. Returns why it failed, or the empty text.
+  std::string end_token();
+  PoolStats stats() const;
+
+ private:
+  struct Shared;
+  std::shared_ptr<Shared> shared_;
+  std::shared_ptr<ReadQueue> queue_;
+  int neurons_;
+  const int32_t* slot_of_;
+};
+
+}  // namespace sr

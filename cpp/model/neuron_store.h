@@ -1,0 +1,69 @@
+// FFNs of which single neurons are in memory, for decoding under a memory budget where something says beforehand which
+// neurons a token needs: their rows and columns in slots of a pool, multiplied there by the same kernels.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "flash/neuron_pool.h"
+#include "format/neuron_file.h"
+#include "model/flash_weights.h"
+#include "model/weights.h"
+
+namespace sr {
+
+class NeuronStore {
+ public:
+  // Why there can be none for these weights, in words that follow "because"; empty where there can.
+  static std::string refusal(const DecoderWeights& w);
+  // w: not cut yet. Throws Error(model) where the file is damaged or belongs to other weights.
+  NeuronStore(const PackedModel& model, const DecoderWeights& w, std::shared_ptr<ByteSource> source);
+
+  // Bytes that n slots take, and the fewest slots.
+  size_t bytes(int64_t slots) const;
+  int least_slots() const { return NeuronPool::least_slots(shape_); }
+  int64_t all_neurons() const { return int64_t(shape_.layers) * shape_.neurons; }
+
+  // Makes the slots and fills them with the first records of every layer. Throws as FlashWeights does.
+  void open(int slots, int readers, size_t unit, const LoadProgress& progress);
+
+  NeuronPool& pool() { return *pool_; }
+  const NeuronPool& pool() const { return *pool_; }
+  ReadStats read_stats() const { return queue_->stats(); }
+  double load_bytes_per_second() const { return load_rate_; }
+  // Empty, or what happened to the file.
+  std::string changed() const;
+
+  // gate[k] and up[k] of neuron ids[k] (of neuron k where ids is null), as rows() of neuron_rows.h; `slots` is room for
+  // end - begin of them. All must have been requested and awaited.
+  void rows(const NeuronRows& w, int layer, const InputBuffer& x, const int32_t* ids, int begin, int end, float* gate,
+            float* up, int32_t* slots) const;
+  // Where the columns that were selected of a vector of neurons lie, for slabs [begin, end): to place [slabs * 32].
+  void places(int layer, const ActiveColumns& active, int begin, int end, uint32_t* place) const;
+  // down, to be multiplied with selected columns and their places.
+  const Linear& down(int layer) const { return down_[size_t(layer)]; }
+
+ private:
+  // What readers write to, and may hold on to.
+  struct Memory {
+    NeuronMatrix rows;  // of slots
+    size_t row_bytes = 0, column_bytes = 0;
+    AlignedBuffer<uint8_t> of_rows, of_columns;
+  };
+
+  std::shared_ptr<ByteSource> source_;
+  std::shared_ptr<NeuronFile> file_;
+  NeuronPool::Shape shape_;
+  NeuronMatrix form_;       // of gate and up
+  size_t column_bytes_ = 0;
+  std::vector<Linear> down_;
+  std::vector<AlignedBuffer<uint8_t>> heads_;
+  std::shared_ptr<Memory> memory_;
+  std::shared_ptr<ReadQueue> queue_;
+  std::unique_ptr<NeuronPool> pool_;
+  double load_rate_ = 0;
+};
+
+}  // namespace sr

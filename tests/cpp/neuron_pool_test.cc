@@ -1,0 +1,211 @@
+// Slots of single neurons: each holds its own record while it is used, whatever is asked for, read, lost or given up.
+#include <cstring>
+#include <random>
+#include <thread>
+
+#include "check.h"
+#include "fault_source.h"
+#include "flash/neuron_pool.h"
+
+using sr::NeuronPool;
+using sr::ReadPriority;
+using sr::ReadQueue;
+using sr_test::FaultSource;
+using sr_test::MemorySource;
+
+namespace {
+
+// A file of records, slots to put them in, and a pool between them.
+struct Rig {
+  Rig(int layers, int neurons, size_t stride, size_t bytes, int more_slots, uint32_t seed)
+      : data(sr_test::patterned(size_t(layers) * neurons * stride + 3 * sr::kReadAlign)),
+        source(std::make_shared<FaultSource>(std::make_shared<MemorySource>(data))),
+        positions(size_t(layers) * neurons) {
+    std::mt19937 rng(seed);
+    shape.layers = layers;
+    shape.neurons = neurons;
+    shape.stride = stride;
+    shape.bytes = bytes;
+    for (int l = 0; l < layers; l++) {
+      shape.offsets.push_back(sr::kReadAlign + uint64_t(l) * neurons * stride);
+      const auto begin = positions.begin() + ptrdiff_t(l) * neurons;
+      for (int i = 0; i < neurons; i++) begin[i] = uint32_t(i);
+      std::shuffle(begin, begin + neurons, rng);
+    }
+    shape.positions = positions.data();
+    const int n = std::min(NeuronPool::least_slots(shape) + more_slots, layers * neurons + neurons * 3);
+    memory = std::make_shared<std::vector<uint8_t>>(size_t(n) * bytes);
+    pool = std::make_unique<NeuronPool>(
+        std::make_shared<ReadQueue>(source, 3, 4 * sr::kReadAlign), shape, n,
+        [m = memory, bytes](int slot, const uint8_t* r) { std::memcpy(m->data() + size_t(slot) * bytes, r, bytes); },
+        nullptr);
+  }
+  // Whether a neuron's slot holds its record.
+  bool right(int layer, int neuron) const {
+    const size_t at = size_t(shape.offsets[size_t(layer)]) +
+                      positions[size_t(layer) * size_t(shape.neurons) + size_t(neuron)] * shape.stride;
+    return std::memcmp(memory->data() + size_t(pool->slot(layer, neuron)) * shape.bytes, data.data() + at, shape.bytes) == 0;
+  }
+  std::vector<uint8_t> data;
+  std::shared_ptr<FaultSource> source;
+  std::vector<uint32_t> positions;
+  NeuronPool::Shape shape;
+  std::shared_ptr<std::vector<uint8_t>> memory;
+  std::unique_ptr<NeuronPool> pool;
+};
+
+std::vector<int32_t> some_of(int neurons, double share, std::mt19937* rng) {
+  std::vector<int32_t> ids;
+  for (int i = 0; i < neurons; i++) {
+    if ((*rng)() % 1000 < share * 1000) ids.push_back(i);
+  }
+  return ids;
+}
+
+const std::function<bool()> kNever = [] { return false; };
+
+// Tokens of random lists, the next layer's asked for while `users` threads look at this one's; returns what was wrong.
+int wrong_slots(Rig& rig, int tokens, double share, int users, std::mt19937* rng) {
+  std::atomic<int> wrong{0};
+  for (int token = 0; token < tokens; token++) {
+    rig.pool->begin_token();
+    std::vector<std::vector<int32_t>> lists;
+    for (int l = 0; l < rig.shape.layers; l++) lists.push_back(some_of(rig.shape.neurons, share, rng));
+    const auto ask = [&](int l) {
+      rig.pool->request(l, lists[size_t(l)].data(), int(lists[size_t(l)].size()), ReadPriority::miss);
+    };
+    ask(0);
+    for (int l = 0; l < rig.shape.layers; l++) {
+      if (!rig.pool->await(l, &kNever)) return -1;
+      std::vector<std::thread> threads;
+      for (int t = 0; t < users; t++) {
+        threads.emplace_back([&, t] {
+          if (t == 0 && l + 1 < rig.shape.layers) ask(l + 1);
+          for (int id : lists[size_t(l)]) wrong += !rig.right(l, id);
+        });
+      }
+      for (auto& t : threads) t.join();
+    }
+    if (!rig.pool->end_token().empty()) return -1;
+  }
+  return wrong;
+}
+
+}  // namespace
+
+TEST_CASE("every slot holds its neuron's record while it is used, for any size of records, slots and lists") {
+  std::mt19937 rng(5);
+  for (int round = 0; round < 14; round++) {
+    const size_t bytes = round % 3 == 0 ? 4096 : 64 * (1 + rng() % 70), stride = (bytes + 63) / 64 * 64 + (round % 2) * 64;
+    const int layers = 1 + round % 4, neurons = 32 + int(rng() % 60);
+    Rig rig(layers, neurons, stride, bytes, int(rng() % 100), uint32_t(round));
+    rig.source->halve = round % 4 == 1;
+    if (round % 2) CHECK(rig.pool->fill(nullptr).empty());
+    for (double share : {0.1, 0.5, 1.0, 0.0, 0.3}) CHECK_EQ(wrong_slots(rig, 4, share, 2, &rng), 0);
+  }
+}
+
+TEST_CASE("what was asked for stays: a list that fits is read once, and one that does not mostly stays") {
+  std::mt19937 rng(9);
+  Rig rig(4, 128, 4096, 4096, 0, 3);  // slots for two lists and what may be in progress
+  const int slots = rig.pool->slots();
+  CHECK(slots >= 256);
+  const auto token = [&](int each) {
+    rig.pool->begin_token();
+    const auto before = rig.pool->stats();
+    for (int l = 0; l < 4; l++) {
+      rig.pool->request(l, nullptr, each, ReadPriority::miss);
+      CHECK(rig.pool->await(l, &kNever));
+    }
+    CHECK(rig.pool->end_token().empty());
+    return rig.pool->stats().misses - before.misses;
+  };
+  const int fits = slots / 4;
+  CHECK_EQ(token(fits), 4 * fits);
+  for (int i = 0; i < 3; i++) CHECK_EQ(token(fits), 0);
+  const auto reads = rig.source->reads.load();
+  CHECK_EQ(token(fits), 0);
+  CHECK_EQ(rig.source->reads.load(), reads);
+  // A quarter more than fits: not all of it is read again for every token, as it would be if the oldest went first.
+  const int more = std::min(128, fits * 5 / 4);
+  for (int i = 0; i < 4; i++) token(more);
+  CHECK(token(more) <= 4 * (more - fits) + 3 * more);
+  CHECK_EQ(rig.pool->stats().tokens, 10);
+}
+
+TEST_CASE("the hot beginning of the file is there from the start, by few long reads") {
+  Rig rig(3, 128, 1024, 1000, 0, 3);
+  const int64_t before = rig.source->reads;
+  size_t last = 0, total = 0;
+  CHECK(rig.pool->fill([&](size_t done, size_t all) {
+    last = done;
+    total = all;
+    return false;
+  }).empty());
+  CHECK(last <= total);
+  const int each = rig.pool->slots() / 3;
+  CHECK(rig.source->reads - before <= 3 * (each * 1024 / (4 * int(sr::kReadAlign)) + 2));
+  rig.pool->begin_token();
+  std::vector<int32_t> hot;
+  for (int i = 0; i < 128; i++) {
+    if (int(rig.positions[size_t(i)]) < std::min(each, 128)) hot.push_back(i);
+  }
+  rig.pool->request(0, hot.data(), int(hot.size()), ReadPriority::miss);
+  CHECK(rig.pool->await(0, &kNever));
+  CHECK_EQ(rig.pool->stats().misses, 0);
+  CHECK_EQ(rig.pool->stats().hits, int64_t(hot.size()));
+  for (int id : hot) CHECK(rig.right(0, id));
+  CHECK_EQ(rig.pool->end_token(), std::string());
+}
+
+TEST_CASE("a token that cannot be read fails with the file's name, and the next one is whole") {
+  std::mt19937 rng(2);
+  Rig rig(3, 96, 512, 500, 20, 3);
+  for (int round = 0; round < 6; round++) {
+    rig.source->fail_with = EIO;
+    rig.pool->begin_token();
+    const auto ids = some_of(96, 0.9, &rng);
+    bool good = true;
+    for (int l = 0; good && l < 3; l++) {
+      rig.pool->request(l, ids.data(), int(ids.size()), ReadPriority::miss);
+      good = rig.pool->await(l, &kNever);
+    }
+    const std::string error = rig.pool->end_token();
+    CHECK(good == error.empty());
+    if (round == 0) CHECK(error.find("cannot read") == 0);
+    rig.source->fail_with = 0;
+    if (round % 2) CHECK_EQ(wrong_slots(rig, 3, 0.4, 2, &rng), 0);
+  }
+}
+
+TEST_CASE("waiting for a stalled disk can be stopped, tokens after it are whole, and the pool may go meanwhile") {
+  std::mt19937 rng(2);
+  {
+    Rig rig(3, 96, 4096, 4000, 5, 3);
+    for (int round = 0; round < 4; round++) {
+      rig.source->stall();
+      rig.pool->begin_token();
+      const auto ids = some_of(96, 1, &rng);
+      for (int l = 0; l < 3; l++) {
+        rig.pool->request(l, ids.data(), int(ids.size()), ReadPriority::miss);
+        std::atomic<int> asked{0};
+        const std::function<bool()> soon = [&] { return ++asked > 1; };
+        std::thread other([&] { rig.pool->await(l, nullptr); });
+        const bool good = rig.pool->await(l, &soon);
+        other.join();
+        if (!good) break;
+      }
+      CHECK_EQ(rig.pool->end_token(), std::string());
+      rig.source->go_on();
+      CHECK_EQ(wrong_slots(rig, 3, 0.6, 2, &rng), 0);
+    }
+  }
+  Rig rig(2, 96, 4096, 4000, 5, 3);
+  rig.source->stall();
+  rig.pool->begin_token();
+  rig.pool->request(0, nullptr, 96, ReadPriority::miss);
+  while (rig.source->reads < 2) std::this_thread::yield();
+  rig.pool.reset();
+  rig.source->go_on();  // the readers end now, and nothing they use is gone
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));
+}
