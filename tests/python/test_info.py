@@ -82,6 +82,27 @@ def test_exact_zeros_are_counted_as_transformers_has_them(relu: tuple[Path, Any]
     assert measured["tokens"] == chunks.size
 
 
+def test_info_measures_on_a_text(relu: tuple[Path, Any], tmp_path: Path, run_cli: Any) -> None:
+    folder, _ = relu
+    (tmp_path / "text.txt").write_text(TEXT)
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = run_cli("info", folder, "--measure", tmp_path / "text.txt", "--json", env=home)
+    found = json.loads(done.stdout)["natural_sparsity"]
+    # The same count as calibration's, which test_exact_zeros holds against transformers, from fewer chunks of the text.
+    convert(folder, tmp_path / "out", quantisation=Quantisation(8), calibration=TEXT)
+    expected = describe(tmp_path / "out")["natural_sparsity"]
+    assert found["by_layer"] == pytest.approx(expected["by_layer"], abs=0.03)
+    assert found["ffn"] == pytest.approx(np.mean(found["by_layer"]))
+    chunks = measure.chunks_of(Tokenizer.load(tmp_path / "out"), TEXT, measure.SPARSITY_CHUNKS, "the text", spread=True)
+    assert found["tokens"] == chunks.size
+    assert "exactly 0" in run_cli("info", tmp_path / "out", "--measure", tmp_path / "text.txt").stdout
+    (tmp_path / "short.txt").write_text("Too short.")
+    done = run_cli("info", tmp_path / "out", "--measure", tmp_path / "short.txt")
+    assert done.returncode == 2 and "shorter than one chunk" in done.stderr and done.stderr.count("\n") == 1
+    silu = edited(folder, tmp_path / "silu", hidden_act="silu")
+    assert "silu gives no exact zeros" in run_cli("info", silu, "--measure", tmp_path / "text.txt").stdout
+
+
 def test_the_command_tells_of_sparsity_layout_rounding_licence_and_source(
     relu: tuple[Path, Any], tmp_path: Path, run_cli: Any
 ) -> None:

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .common import Progress, json_option, model_option, print_json, quality_line
+from .common import Progress, json_option, model_option, print_json, quality_line, read_text
 
 
 @click.command()
 @model_option
+@click.option(
+    "--measure", metavar="FILE", allow_from_autoenv=False,
+    help="A text that the model reads, to count the FFN's neurons that are exactly 0. Runs the model; converts it if need be.",
+)
 @json_option
-def command(model: str | None, as_json: bool) -> None:
+def command(model: str | None, measure: str | None, as_json: bool) -> None:
     """Show a model's family, sizes, bits and bytes by class of weights, licence and source.
 
-    MODEL is a .gguf file, a packed model, or a name that `sparse-run list` shows. Nothing is converted or downloaded.
+    MODEL is a .gguf file, a packed model, or a name that `sparse-run list` shows. Nothing is downloaded, and without
+    --measure nothing is converted.
 
     \b
     sparse-run info smollm2-135m
     sparse-run info model.gguf --json
+    sparse-run info ReluLLaMA-7B/ --measure text.txt
     """
     from ..convert.describe import describe
     from ..registry import find
 
-    with Progress(quiet=True) as progress:
+    text = None if measure is None else read_text(measure)
+    with Progress(quiet=text is None) as progress:
         path = find(model, progress=progress, pull=False)
-    facts = describe(path)
+        facts = describe(path)
+        if text is not None and facts["exact_zeros"]:
+            facts["natural_sparsity"] = _measured(path, text, progress)
     if as_json:
         print_json(facts)
     else:
         _print(facts)
+
+
+def _measured(path: Path, text: str, progress: Progress) -> dict[str, Any]:
+    from ..convert.measure import natural_sparsity
+    from ..convert.writer import is_packed
+    from ..registry import packed_for
+    from ..tokenizer import Tokenizer
+
+    packed = path if is_packed(path) else packed_for(path, progress=progress)
+    return natural_sparsity(packed, Tokenizer.load(packed), text, progress)
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -90,4 +110,4 @@ def _zeros(facts: dict[str, Any]) -> str:
         )
     if not facts["exact_zeros"]:
         return f"none: {facts['activation']} gives no exact zeros"
-    return "not measured (sparse-run convert --bits --calibration TEXT does)"
+    return "not measured (--measure TEXT does)"

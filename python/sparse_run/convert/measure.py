@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_CHUNKS = 16
 REPORT_CHUNKS = 20
+SPARSITY_CHUNKS = 4
 CONTEXT = 512
 _BLOCK = 256  # rows that run_layer takes at a time
 _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on average
@@ -169,6 +170,40 @@ def measure_importance(
         model.close()
     columns["output"] = _normalised(_last_inputs(streams, config, norm), "the head")
     return Importance(columns, shares, zeros, int(chunks.size))
+
+
+def natural_sparsity(
+    packed: Path, tokenizer: Tokenizer, text: str, progress: ProgressCallback | None = None
+) -> dict[str, Any]:
+    """The share of the FFN's neurons that are exactly 0 on a text: `ffn`, the mean, `by_layer`, and the `tokens` it was
+    measured on. Raises UsageError where the text is too short."""
+    import numpy as np
+
+    from .. import _core
+    from .codes import TILE_ROWS
+
+    chunks = chunks_of(tokenizer, text, SPARSITY_CHUNKS, "the text", spread=True)
+    model = _core.Model(str(packed), 0, True)
+    try:
+        config = json.loads(model.config_json)
+        session = _core.Session(model, chunks.shape[1])
+        streams = [session.embed(chunk) for chunk in chunks]
+        zeros = np.zeros((config["n_layers"], config["n_ff"]), np.int64)  # by neuron
+        for layer in range(config["n_layers"]):
+            for i, stream in enumerate(streams):
+                for pos in range(0, len(stream), _BLOCK):
+                    rows = slice(pos, pos + _BLOCK)
+                    stream[rows], taps = session.run_layer(layer, pos, stream[rows], taps=True)
+                    zeros[layer] += (taps["Z"] == 0).sum(0)
+                if progress is not None:
+                    progress("counting zeros", layer * len(streams) + i + 1, len(zeros) * len(streams))
+    finally:
+        model.close()
+    # Neurons that pad the packed model are the last ones and idle everywhere.
+    busy = np.flatnonzero((zeros < chunks.size).any(0))
+    padding = max(0, min(TILE_ROWS - 1, config["n_ff"] - 1 - int(busy.max(initial=0))))
+    by_layer = zeros[:, : config["n_ff"] - padding].mean(1) / chunks.size
+    return {"ffn": float(by_layer.mean()), "by_layer": by_layer.tolist(), "tokens": int(chunks.size)}
 
 
 def _last_inputs(
