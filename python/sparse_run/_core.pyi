@@ -101,6 +101,7 @@ class Model:
         extra_bytes: int = 0,
         progress: Callable[[int, int], object] | None = None,
         device: str = "cpu",
+        neuron_share: float = 0.0,
     ) -> None:
         """`mmap`: True maps the weights, False copies them into huge pages (15-30% faster decoding), None copies them
         where that takes at most half of the available memory.
@@ -109,7 +110,9 @@ class Model:
         (a token, or a block of a prompt), past the page cache, with the same results. `n_ctx`: tokens that all sessions
         together may hold, 0 = what an eighth of the budget holds, from 256 to 4096. `extra_bytes`: what the caller will
         allocate. `progress(done, total)`: bytes read at the start. Raises BudgetError below the floor and above the machine's
-        memory.
+        memory. `neuron_share`: above 0, set_neurons or set_predictor will say which neurons tokens need, together so large a
+        share of all; as many as fit are then held singly, and decoding reads those that are missing, where the model has a file
+        of neurons (else memory()["no_neurons"] says why not). The same results.
 
         `device`: "cpu", "cuda", or "auto" (the GPU where there is one that the model fits)."""
     @property
@@ -117,10 +120,13 @@ class Model:
         """The name of the GPU that runs the model, or "cpu"."""
     def memory(self) -> dict[str, Any]:
         """What a memory budget was divided into, in bytes: {"budget_bytes" (0 without one), "process_bytes", "working_bytes",
-        "context_bytes", "resident_bytes" (weights), "ring_bytes" (weights read ahead), "streamed_bytes" (that every pass
-        reads), "n_ctx", "disk_bytes_per_s" (measured at the start, 0 = unknown), "direct" (past the page cache)}, and what its
-        reads have come to since: {"passes", "read_bytes", "reads", "hits", "misses" (pieces that were there when needed, and
-        that were waited for), "read_seconds" (disk busy), "wait_seconds" (computing waited), "queue_depth" (mean)}."""
+        "context_bytes", "resident_bytes" (weights), "ring_bytes" (weights read ahead), "neuron_bytes" and "neuron_slots" (single
+        neurons held), "no_neurons" (why none are, where they were asked for), "streamed_bytes" (that every pass reads which does
+        not work from single neurons), "n_ctx", "disk_bytes_per_s" (measured at the start, 0 = unknown), "direct" (past the page
+        cache)}, and what its reads have come to since: {"passes", "read_bytes", "reads", "hits", "misses" (pieces that were there
+        when needed, and that were waited for), "neuron_tokens" (passes that worked from single neurons), "neuron_hits",
+        "neuron_misses" (neurons that were there when asked for, and that were read), "read_seconds" (disk busy), "wait_seconds"
+        (computing waited), "queue_depth" (mean)}."""
     @property
     def mapped(self) -> bool:
         """Whether the weights are mapped from the file, not copied into memory."""

@@ -34,17 +34,23 @@ def size_text(count: float) -> str:
 
 
 def summary(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """A core model's `memory()` with what follows from it: "hit_rate" (share of the weights used that were in memory),
+    """A core model's `memory()` with what follows from it: "hit_rate" (share of the weights used that were in memory; of single
+    neurons "neuron_hit_rate", None where none were asked for),
     "expected_tokens_per_s" (at the disk's rate at the start; None where that is unknown), and by pass "read_bytes_per_pass",
     "read_seconds_per_pass", "wait_seconds_per_pass", "read_bytes_per_s" while the disk was busy."""
     passes = memory["passes"]
     whole = memory["resident_bytes"] + memory["streamed_bytes"]
     rate = memory["disk_bytes_per_s"]
     disk = memory["streamed_bytes"] / rate if rate else 0.0
+    neurons = memory.get("neuron_hits", 0) + memory.get("neuron_misses", 0)
     return {
         **memory,
         "hit_rate": memory["resident_bytes"] / whole if whole else 1.0,
-        "expected_tokens_per_s": 1 / max(disk, whole / _MEMORY_RATE) if rate and whole else None,
+        "neuron_hit_rate": memory["neuron_hits"] / neurons if neurons else None,
+        # What single neurons cost follows from the text.
+        "expected_tokens_per_s": (
+            1 / max(disk, whole / _MEMORY_RATE) if rate and whole and not memory.get("neuron_slots") else None
+        ),
         "read_bytes_per_pass": memory["read_bytes"] / passes if passes else 0.0,
         "read_seconds_per_pass": memory["read_seconds"] / passes if passes else 0.0,
         "wait_seconds_per_pass": memory["wait_seconds"] / passes if passes else 0.0,
@@ -60,6 +66,13 @@ def start_text(memory: Mapping[str, Any]) -> str:
         f"memory budget {size_text(m['budget_bytes'])}: {size_text(m['resident_bytes'])} of the weights stay in "
         f"memory{cached}, context of {m['n_ctx']} tokens"
     )
+    if m.get("neuron_slots"):
+        return (
+            f"{head}, {m['neuron_slots']} single neurons ({size_text(m['neuron_bytes'])}); each block of a prompt reads "
+            f"{size_text(m['streamed_bytes'])}, each token of the answer the neurons that it needs and that are missing"
+        )
+    if m.get("no_neurons"):
+        head = f"{head}; neurons are not read singly ({m['no_neurons']})"
     if not m["streamed_bytes"]:
         return f"{head}; nothing is read while generating"
     speed = ""
@@ -77,6 +90,12 @@ def stats_text(memory: Mapping[str, Any]) -> str:
     m = summary(memory)
     if not m["streamed_bytes"]:
         return f"[memory: {size_text(m['resident_bytes'])} of weights, all resident]"
+    if m["neuron_hit_rate"] is not None:
+        return (
+            f"[memory: {m['neuron_tokens']} tokens from {m['neuron_slots']} single neurons, {m['neuron_hit_rate']:.1%} of those "
+            f"asked for were there, {m['neuron_misses']} were read; {m['passes']} passes in all, {size_text(m['read_bytes'])} from "
+            f"disk in {m['read_seconds']:.2f} s ({m['queue_depth']:.1f} reads at once), computing waited {m['wait_seconds']:.2f} s]"
+        )
     return (
         f"[memory: {m['hit_rate']:.0%} of the weights resident; {m['passes']} passes, each {size_text(m['read_bytes_per_pass'])} "
         f"from disk in {m['read_seconds_per_pass']:.2f} s ({size_text(m['read_bytes_per_s'])}/s, {m['queue_depth']:.1f} reads at "

@@ -60,12 +60,14 @@ class Model:
         ctx_size: int | None = None,
         chat_template: str | None = None,
         memory_budget: str | int | None = None,
+        room_for: str | float | None = None,
         device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
         """Opens a packed model directory; `Model.load` also takes GGUF files and names."""
         from . import _core
         from .memory import parse_size
+        from .neurons import Needs, known, needs
 
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more")
@@ -81,11 +83,20 @@ class Model:
             from .tokenizer import Tokenizer
 
             self._tokenizer = Tokenizer.load(self.path)
+        wanted = Needs()
+        self._planned: tuple[str, SparsityFile | None, str] | None = None
+        if budget:
+            planned = known(room_for, self.path)
+            self._planned = (str(room_for), *planned)
+            if planned[0] is not None:
+                wanted = needs(planned[0], json.loads((self.path / "config.json").read_bytes()))
         self._core: _core.Model | None = _core.Model(
             os.fspath(path),
             threads or 0,
             memory_budget=budget,
             n_ctx=(ctx_size or 0) if budget else 0,
+            extra_bytes=wanted.extra_bytes,
+            neuron_share=wanted.neuron_share,
             device=device,
             progress=None if progress is None else lambda done, total: progress("loading", done, total),
         )
@@ -111,6 +122,7 @@ class Model:
         ctx_size: int | None = None,
         chat_template: str | None = None,
         memory_budget: str | int | None = None,
+        room_for: str | float | None = None,
         device: str = "cpu",
         progress: Progress | None = None,
     ) -> Self:
@@ -122,6 +134,8 @@ class Model:
         the checkpoint's.
         memory_budget: the most memory that this whole process may take, such as "700M"; weights that do not fit are read from
         the file for every token, with the same results. The context is then what an eighth of it holds, unless ctx_size says.
+        room_for: only with a memory budget: what `set_sparsity` will be given. Its memory counts, and where it names the neurons
+        that a token needs, and the model has a file of them (`convert --order`), single neurons are held and read.
         device: "cpu", "cuda" (needs a build with CUDA and a GPU), or "auto", the GPU where there is one that the model fits.
         progress: called with (what, done, total) in bytes while a conversion or a download runs, or weights are read.
 
@@ -136,6 +150,7 @@ class Model:
             ctx_size=ctx_size,
             chat_template=chat_template,
             memory_budget=memory_budget,
+            room_for=room_for,
             device=device,
             progress=progress,
         )
@@ -224,7 +239,8 @@ class Model:
 
         say: called with what "auto" decided. progress: called with (what, done, total) while a level is calibrated.
 
-        Raises UsageError for a level outside 0..1 or an unknown name, ModelError for a file of another model.
+        Raises UsageError for a level outside 0..1, an unknown name, and under a memory budget for all but what it was given as
+        `room_for`; ModelError for a file of another model.
 
         >>> model.set_sparsity(0.4)  # doctest: +SKIP
         """
@@ -234,7 +250,15 @@ class Model:
 
         core = self._opened()
         found = None
-        if choice is not None and choice != "off":
+        if choice is not None and choice != "off" and self._planned is not None:
+            room_for, found, why = self._planned
+            if room_for != str(choice):
+                raise UsageError(
+                    f"this model's memory budget was divided without room for the sparsity {choice}; give it when loading, as room_for"
+                )
+            if why and say is not None:
+                say(why)
+        elif choice is not None and choice != "off":
             found = choose(str(choice), read_header(self.path), core, self.tokenizer, say=say, tick=progress)
         self._sparsity = (found, bind(found, core)) if found is not None else None
         with self._lock:
@@ -399,6 +423,7 @@ def load(
     ctx_size: int | None = None,
     chat_template: str | None = None,
     memory_budget: str | int | None = None,
+    room_for: str | float | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Short for `Model.load`."""
@@ -408,5 +433,6 @@ def load(
         ctx_size=ctx_size,
         chat_template=chat_template,
         memory_budget=memory_budget,
+        room_for=room_for,
         progress=progress,
     )

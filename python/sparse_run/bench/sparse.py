@@ -28,9 +28,16 @@ class SparseBenchResult:
     sparse_ratio: float
     """Median of the repetitions' sparse over dense rate."""
     density: dict[str, float]
+    sparse_memory: dict[str, Any] | None = None
+    """Under a memory budget: what it was divided into, and what reading cost while decoding sparsely."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def context_for(sparse_from: int, opening: int, gen: int, reps: int) -> int:
+    """Tokens that each of the two sessions holds."""
+    return _OPENING + opening + sparse_from + gen * reps + 1
 
 
 def bench_sparse(
@@ -46,10 +53,12 @@ def bench_sparse(
     import numpy as np
 
     from .. import _core
+    from ..memory import summary
     from ..skipping import Attached, bind
+    from .speed import COUNTERS
 
     skipping = bind(file, model)
-    n_ctx = _OPENING + len(opening) + skipping.sparse_from + gen * reps + 1
+    n_ctx = context_for(skipping.sparse_from, len(opening), gen, reps)
     dense, sparse = _core.Session(model, n_ctx), _core.Session(model, n_ctx)
     attached = Attached(sparse, skipping)
     sampler = _core.Sampler(temperature=0.8, seed=0)
@@ -63,6 +72,7 @@ def bench_sparse(
     attached.prompt(text[:begin])
     sparse.density()
     rates: tuple[list[float], list[float]] = ([], [])
+    counted = dict.fromkeys(COUNTERS, 0.0)
     for r in range(reps):
         if progress is not None:
             progress("decode, dense and sparse", r, reps)
@@ -70,10 +80,14 @@ def bench_sparse(
         # Who goes first changes, so that neither always finds the caches as the other left them.
         for which in (0, 1) if r % 2 == 0 else (1, 0):
             session = (dense, sparse)[which]
+            before = model.memory()
             start = time.perf_counter()
             for one in single:
                 session.eval(one)
             rates[which].append(gen / (time.perf_counter() - start))
+            after = model.memory()
+            for key in COUNTERS if which else ():
+                counted[key] += after[key] - before[key]
     if progress is not None:
         progress("decode, dense and sparse", reps, reps)
     return SparseBenchResult(
@@ -84,4 +98,5 @@ def bench_sparse(
         decode_sparse_median=statistics.median(rates[1]),
         sparse_ratio=statistics.median([s / d for d, s in zip(*rates, strict=True)]),
         density=sparse.density(),
+        sparse_memory=summary({**after, **counted}) if after["budget_bytes"] else None,
     )

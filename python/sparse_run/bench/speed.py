@@ -186,12 +186,18 @@ def bench(
         model.close()
 
 
+COUNTERS = (
+    *("passes", "read_bytes", "reads", "hits", "misses", "read_seconds", "wait_seconds"),
+    *("neuron_tokens", "neuron_hits", "neuron_misses"),
+)
+"""What a budget's `memory()` counts on."""
+
+
 def decoding_memory(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The summary of a budget (`sparse_run.memory`), its counters those between two looks at it."""
     from ..memory import summary
 
-    counters = ("passes", "read_bytes", "reads", "hits", "misses", "read_seconds", "wait_seconds")
-    return summary({**after, **{key: after[key] - before[key] for key in counters}})
+    return summary({**after, **{key: after[key] - before[key] for key in COUNTERS}})
 
 
 def _tokenizer(path: str | Path) -> object:

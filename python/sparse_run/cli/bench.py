@@ -65,7 +65,8 @@ def command(
     Evaluates random tokens: PROMPT of them at once into an empty cache, then GEN one at a time, REPS times each. Reports
     medians, the weight bytes a second that decoding reads, and the rate at which this machine can read memory at all.
 
-    --sparsity also decodes a text of the model's own, dense and sparse in turns, and reports both rates and their ratio.
+    --sparsity also decodes a text of the model's own, dense and sparse in turns, and reports both rates and their ratio; with
+    --memory-budget both keep to it.
 
     --gather needs no model: it reads random runs of memory, which tells what skipping weights can gain here at most.
     --breakeven multiplies with matrices of the model's shapes, dense and on a part of their columns in turns; above the density
@@ -89,11 +90,9 @@ def command(
         _machine(gather, model, threads, reps, as_json, quiet)
         return
     budget = None if memory_budget is None else parse_size(memory_budget)
-    if budget and sparsity not in (None, "off"):
-        raise click.UsageError("--memory-budget and --sparsity are measured one at a time; leave one out")
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
-    compared = None if sparsity in (None, "off") else _sparse(path, threads, device, str(sparsity), gen, reps, quiet)
+    compared = None if sparsity in (None, "off") else _sparse(path, threads, device, str(sparsity), gen, reps, quiet, budget)
     with Work(quiet=quiet or budget is None) as work:
         result = bench(
             path,
@@ -157,24 +156,51 @@ def break_even_table(r: BreakEvenResult) -> str:
 
 
 def _sparse(
-    path: Path, threads: int | None, device: str, choice: str, gen: int, reps: int, quiet: bool
+    path: Path, threads: int | None, device: str, choice: str, gen: int, reps: int, quiet: bool, budget: int | None
 ) -> SparseBenchResult | None:
     """Dense and sparse decoding in turns; None where `auto` decided for dense."""
     from .. import _core
     from ..bench import bench_sparse
+    from ..bench.sparse import context_for
+    from ..neurons import known, needs
     from ..packed_header import read_header
     from ..sparsity import choose
     from ..tokenizer import Tokenizer
 
     header, tokenizer = read_header(path), Tokenizer.load(path)
+    say = None if quiet else lambda text: click.echo(text, err=True)
+    opening = tokenizer.encode("The history of the city begins")
+    if budget is not None:
+        file, why = known(choice, path)
+        if why and say is not None:
+            say(why)
+        if file is None:
+            return None
+        wanted = needs(file, header.config)
+        # Two contexts, the dense one's and the sparse one's, each in whole huge pages.
+        c = header.config
+        token_bytes = 4 * int(c["n_layers"]) * int(c["n_kv_heads"]) * int(c["head_dim"])
+        sparse_from = max(file.dense_tokens, int(file.options.get("min_prompt", 32)))
+        n_ctx = 2 * context_for(sparse_from, len(opening), gen, reps) + 512 + (8 << 20) // token_bytes
+        core = _core.Model(
+            str(path),
+            threads or 0,
+            memory_budget=budget,
+            n_ctx=n_ctx,
+            extra_bytes=wanted.extra_bytes,
+            neuron_share=wanted.neuron_share,
+        )
+        try:
+            return bench_sparse(core, file, opening, gen=gen, reps=reps)
+        finally:
+            core.close()
     core = _core.Model(str(path), threads or 0, device=device)
     try:
         with Work(quiet=quiet) as work:
-            say = None if quiet else lambda text: click.echo(text, err=True)
             file = choose(choice, header, core, tokenizer, say=say, tick=work)
         if file is None:
             return None
-        return bench_sparse(core, file, tokenizer.encode("The history of the city begins"), gen=gen, reps=reps)
+        return bench_sparse(core, file, opening, gen=gen, reps=reps)
     finally:
         core.close()
 
@@ -186,6 +212,7 @@ def sparse_rows(r: SparseBenchResult) -> str:
         f"sparsity {r.decode_sparse_median:9.1f} tok/s   {r.sparsity}: {r.sparse_ratio:.2f} times dense "
         f"({r.decode_dense_median:.1f}) on the same text; reads {r.density.get('body', 1.0):.0%} of the layers' weights "
         f"({sites})"
+        + (f"\n{'disk':<9}{stats_text(r.sparse_memory)} while decoding sparsely" if r.sparse_memory is not None else "")
     )
 
 

@@ -331,6 +331,7 @@ def load_model(
             ctx_size=ctx_size,
             chat_template=chat_template,
             memory_budget=memory_budget,
+            room_for=sparsity,
             device=device,
             progress=progress,
         )

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     " methods that choose neurons want). auto: neurons where the activation gives exact zeros.",
 )
 @click.option(
+    "--order",
+    metavar="FILE",
+    allow_from_autoenv=False,
+    help="Also write the FFN's neurons one by one, those first that this text uses most, so that a memory budget can hold and"
+    " read single ones. The word none: in the order they have.",
+)
+@click.option(
     "--bits",
     type=click.Choice(["auto", "4", "5", "6", "8", "16"]),
     allow_from_autoenv=False,
@@ -64,6 +71,7 @@ def command(
     destination: Path | None,
     force: bool,
     layout: LayoutChoice,
+    order: str | None,
     bits: str | None,
     target_bpw: float | None,
     group: str,
@@ -78,17 +86,19 @@ def command(
     SOURCE is a .gguf file, a model directory, or a name that `sparse-run list` shows. Without DESTINATION the result goes
     into the cache, where every command that is given SOURCE finds it; with a --layout other than auto, give those commands
     the path that is printed here. The weights keep their values and their bits, unless --bits rounds them, which needs a
-    DESTINATION.
+    DESTINATION. With --order, SOURCE may be a packed model: its neurons are then written beside its weights.
 
     \b
     sparse-run convert model.gguf
     sparse-run convert model.gguf model.packed
     sparse-run convert --layout neurons model.gguf model.neurons
+    sparse-run convert --layout neurons --order text.txt model.gguf model.neurons
     sparse-run convert Qwen3-0.6B/ qwen.packed --bits 4 --calibration text.txt --report-text wiki.test.raw
     sparse-run convert Qwen3-0.6B/ qwen.packed --bits auto --target-bpw 4.8
     """
     from ..convert import convert
     from ..convert.describe import describe
+    from ..convert.neuron_file import NEURON_FILE, hot_first, write_neuron_file
     from ..convert.quantise import Quantisation
     from ..convert.writer import is_packed
     from ..registry import find, packed_for, read_source
@@ -107,11 +117,18 @@ def command(
         for key, path in (("calibration", calibration), ("report_text", report_text))
         if path is not None
     }
+    if order is not None:
+        if layout == "panels":
+            raise UsageError("--order writes single neurons, which --layout panels does not have; use --layout neurons")
+        layout = "neurons"
+    order_text = None if order in (None, "none") else read_text(str(order))
     with Progress(quiet=quiet) as progress:
         path = find(source, progress=progress)
         if is_packed(path):
-            raise UsageError(f"{path} is a packed model already; there is nothing to convert")
-        if destination is None:
+            if order is None or destination is not None or bits is not None:
+                raise UsageError(f"{path} is a packed model already; only its neurons can be written anew, with --order")
+            packed = path
+        elif destination is None:
             packed = packed_for(path, layout=layout, progress=progress, again=force)
         else:
             packed = destination
@@ -119,6 +136,9 @@ def command(
             quality = convert(
                 path, packed, layout=layout, existing=existing, progress=progress, quantisation=quantisation, **texts
             )
+        if order is not None:
+            hot = None if order_text is None else hot_first(packed, order_text, progress)
+            write_neuron_file(packed, hot, progress)
     facts = describe(packed)
     if as_json:
         record = read_source(packed)
@@ -129,6 +149,7 @@ def command(
                 "source_bytes": record.get("size"),
                 "weights_bytes": record.get("weights_bytes"),
                 "sha256": record.get("sha256"),
+                "neurons_bytes": (packed / NEURON_FILE).stat().st_size if (packed / NEURON_FILE).is_file() else None,
                 "bits_per_weight": facts["bits_per_weight"],
                 "weights": facts["weights"],
                 "quantised": record.get("quantised"),
