@@ -11,7 +11,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,17 +60,34 @@ def emulated(
     )
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_program_passes(program: str, arm: Path) -> None:
-    done = emulated("max", arm / program)
+Finished = Callable[[str, str], "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def finished(arm: Path, request: pytest.FixtureRequest) -> Iterator[Finished]:
+    """`finished(processor, program)`: how a test program ended. Those of all selected tests run two at once, from the first
+    that is asked for on: emulated they take long, and most of it is the work of one thread."""
+    wanted = [
+        (item.callspec.params["processor"], item.callspec.params["program"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.function is test_program_passes
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        runs: dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]] = {
+            (processor, program): pool.submit(emulated, processor, arm / program) for processor, program in wanted
+        }
+        yield lambda processor, program: runs[processor, program].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(
+    ("processor", "program"),
+    [*(("max", program) for program in PROGRAMS), ("cortex-a53", "kernels_test"), ("cortex-a53", "rows_test")],
+)
+def test_program_passes(processor: str, program: str, finished: Finished) -> None:
+    done = finished(processor, program)
     assert done.returncode == 0, f"{program} returned {done.returncode}\n{done.stderr[-6000:]}"
     assert re.search(r"\b[1-9]\d* cases, 0 failed", done.stderr), f"{program} ran nothing: {done.stderr!r}"
-
-
-@pytest.mark.parametrize("program", ["kernels_test", "rows_test"])
-def test_kernels_pass_on_the_oldest_processor(program: str, arm: Path) -> None:
-    done = emulated("cortex-a53", arm / program)
-    assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.mark.parametrize("page", [16384, 65536])
