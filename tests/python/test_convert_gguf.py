@@ -178,7 +178,7 @@ def test_damage_is_one_clear_error(name: str, write: Callable[[bytes], Path]) ->
         (gguf_bytes(version=1), "version 1"),
         (gguf_bytes(version=4), "version 4"),
         (gguf_bytes(version=3 << 24), "big-endian"),
-        (gguf_bytes([], [tensor("w", [256, 2], 10, 0)], bytes(1000)), "tensor w is of type Q2_K"),
+        (gguf_bytes([], [tensor("w", [256, 2], 16, 0)], bytes(1000)), "tensor w is of type IQ2_XXS"),
         (gguf_bytes([], [tensor("w", [256, 2], 22, 0)], bytes(1000)), "IQ2_S"),
     ],
 )

@@ -38,6 +38,8 @@ MIXES = {
     "q5_1": {"": "Q5_1", "output": "Q6_K"},
     "q8_0": {"": "Q8_0"},
     "q4_k_m": {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "output": "Q6_K"},
+    "q3_k_m": {"": "Q3_K", "attn_v": "Q5_K", "ffn_down": "Q4_K", "output": "Q6_K"},
+    "q2_k": {"": "Q2_K", "attn_v": "Q3_K", "ffn_down": "Q3_K", "output": "Q6_K"},
     "q5_k_m": {"": "Q5_K", "attn_v": "Q6_K", "ffn_down": "Q6_K"},
     "gate and up differ": {"": "Q4_0", "ffn_gate": "Q5_0", "ffn_up": "Q6_K"},
     "gate with minima": {"": "Q4_0", "ffn_gate": "Q4_1", "ffn_up": "Q8_0"},

@@ -16,9 +16,9 @@ from sparse_run.convert.quant_types import TENSOR_TYPES, TensorType
 
 TYPES = {t.name: t for t in TENSOR_TYPES.values()}
 EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"]
-K_TYPES = ["Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
+K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 # Where the halves lie in a block.
-HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 FORMS = [
     Form(kind, group, has_min) for kind in ("q4", "q5", "q6", "q8") for group in (32, 16) for has_min in (False, True)
 ]

@@ -25,9 +25,9 @@ RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 SHAPE = LlamaShape(n_layers=2, n_embd=256, n_heads=4, n_kv_heads=2, head_dim=64, n_ff=320, n_vocab=400)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q2_K", "Q3_K", "Q6_K", "Q8_0"])
 def test_both_layouts_hold_the_same_weights(kind: str, tmp_path: Path) -> None:
-    write_mixed(tmp_path / "m.gguf", SHAPE, {"": kind if kind != "Q6_K" else "Q8_0", "ffn_gate": kind, "ffn_up": kind})
+    write_mixed(tmp_path / "m.gguf", SHAPE, {"": "Q8_0" if kind.endswith("_K") else kind, "ffn_gate": kind, "ffn_up": kind})
     convert(tmp_path / "m.gguf", tmp_path / "panels", layout="panels")
     convert(tmp_path / "m.gguf", tmp_path / "neurons", layout="neurons")
     panels, first = read_packed(tmp_path / "panels")

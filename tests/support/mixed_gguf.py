@@ -10,7 +10,7 @@ import numpy as np
 from llama_gguf import LlamaShape, TensorSource, byte_level_vocabulary, write_llama_gguf
 from numpy.typing import NDArray
 
-_K_HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+_K_HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 
 def encode(values: NDArray[np.float32], kind: str) -> NDArray[Any]:

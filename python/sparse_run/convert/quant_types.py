@@ -132,6 +132,38 @@ def _k_scales(b: U8) -> tuple[F16, F16]:
         return _round_half(d * scale), _round_half(-dmin * minimum)
 
 
+def _pairs(b: U8, at: int) -> U8:
+    """256 codes of 2 bits from the 64 bytes at `at`, [n, 2, 4, 32]: 32 bytes hold 4 times 32 weights, low bits first."""
+    import numpy as np
+
+    runs = b[:, at : at + 64].reshape(-1, 2, 1, 32)
+    return (runs >> np.arange(0, 8, 2, dtype=np.uint8).reshape(4, 1)) & np.uint8(3)
+
+
+def _q2_k(b: U8) -> Unpacked:
+    import numpy as np
+
+    d, dmin = _half(b, 80).astype(np.float32), _half(b, 82).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales, mins = _round_half(d * (b[:, :16] & 15)), _round_half(-dmin * (b[:, :16] >> 4))
+    return _pairs(b, 16).reshape(-1, 256), scales, mins
+
+
+def _q3_k(b: U8) -> Unpacked:
+    import numpy as np
+
+    n = b.shape[0]
+    # Bit j of byte i: weight i of run j is not 4 less. A 4-bit code is 8 more than what it stands for.
+    high = (b[:, None, :32] >> np.arange(8, dtype=np.uint8).reshape(8, 1)) & np.uint8(1)
+    codes = _pairs(b, 32).reshape(n, 8, 32) + (high << np.uint8(2)) + np.uint8(4)
+    # Sixteen 6-bit scales less 32: low nibbles of 8 bytes, then high ones; pairs of high bits in 4 bytes.
+    top = (b[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8).reshape(4, 1)) & np.uint8(3)
+    scales = _nibbles(b[:, 96:104]) | (top.reshape(n, 16) << np.uint8(4))
+    with np.errstate(invalid="ignore", over="ignore"):
+        halves = _round_half(_half(b, 108).astype(np.float32) * (scales.astype(np.float32) - np.float32(32)))
+    return codes.reshape(n, 256), halves, None
+
+
 def _q4_k(b: U8) -> Unpacked:
     scales, mins = _k_scales(b)
     # 4 runs of 32 bytes; each holds 32 weights in its low and the next 32 in its high nibbles.
@@ -205,6 +237,8 @@ TENSOR_TYPES: dict[int, TensorType] = {
     6: TensorType("Q5_0", 32, 22, Form("q5"), _q5_0),
     7: TensorType("Q5_1", 32, 24, Form("q5", has_min=True), _q5_1),
     8: TensorType("Q8_0", 32, 34, Form("q8"), _q8_0),
+    10: TensorType("Q2_K", 256, 84, Form("q4", group=16, has_min=True), _q2_k),
+    11: TensorType("Q3_K", 256, 110, Form("q4", group=16), _q3_k),
     12: TensorType("Q4_K", 256, 144, Form("q4", has_min=True), _q4_k),
     13: TensorType("Q5_K", 256, 176, Form("q5", has_min=True), _q5_k),
     14: TensorType("Q6_K", 256, 210, Form("q6", group=16), _q6_k),
@@ -216,8 +250,6 @@ TENSOR_TYPES: dict[int, TensorType] = {
 # Names of the types that exist but are not read here, for the message.
 GGML_TYPE_NAMES: dict[int, str] = {
     9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
     15: "Q8_K",
     16: "IQ2_XXS",
     17: "IQ2_XS",
