@@ -211,11 +211,14 @@ DevicePlan* DeviceDecoder::plan_for(const Skipping& skipping) {
   made->thresholds.resize(size_t(config_.n_layers) * kSites);
   if (const SparsityPlan* plan = skipping.plan) {
     made->dense_tokens = plan->dense_tokens();
-    made->break_even = plan->break_even();
+    if (plan->break_even(Site::A) != SparsityPlan::kByShape) made->break_even = plan->break_even(Site::A);
     for (int l = 0; l < config_.n_layers; l++) {
       for (int s = 0; s < kSites; s++) {
-        const float* t = plan->threshold(l, Site(s));
-        if (t) made->thresholds[size_t(l) * kSites + size_t(s)] = to_device(t, size_t(plan->width(Site(s))), "thresholds");
+        const Thresholds t = plan->threshold(l, Site(s));
+        if (!t) continue;
+        std::vector<float> all(size_t(plan->width(Site(s))));
+        for (size_t i = 0; i < all.size(); i++) all[i] = t.of(int(i));
+        made->thresholds[size_t(l) * kSites + size_t(s)] = to_device(all.data(), all.size(), "thresholds");
       }
     }
   }
@@ -284,8 +287,9 @@ void DeviceDecoder::report(const Skipping& skipping, int n, int pos) const {
   const bool any = planned(skipping, pos + n - 1, decode);
   const int rows = any ? pos + n - first : 0;
   if (!any && !zeros) return;
-  const float limit = skipping.plan ? skipping.plan->break_even() : DevicePlan().break_even;
-  const auto threshold = [&](int l, Site s) { return any && skipping.plan->threshold(l, s); };
+  const bool given = skipping.plan && skipping.plan->break_even(Site::A) != SparsityPlan::kByShape;
+  const float limit = given ? skipping.plan->break_even(Site::A) : DevicePlan().break_even;
+  const auto threshold = [&](int l, Site s) { return any && bool(skipping.plan->threshold(l, s)); };
   for (int l = 0; l < config_.n_layers; l++) {
     const LayerWeights& w = weights_.layers[size_t(l)];
     const int held = std::max(rows, zeros ? 1 : 0);

@@ -13,12 +13,11 @@ Site site_of(const std::string& name) {
 
 }  // namespace
 
-Sparsity::Sparsity(const Model& model, int dense_tokens, float break_even) {
+Sparsity::Sparsity(const Model& model, int dense_tokens) {
   const Decoder& d = model.impl_->decoder;
   std::array<int, kSites> widths;
   for (int i = 0; i < kSites; i++) widths[size_t(i)] = d.site_width(Site(i));
-  impl_ = std::shared_ptr<Impl>(
-      new Impl{model.impl_, SparsityPlan(d.config().n_layers, widths, dense_tokens, break_even)});
+  impl_ = std::shared_ptr<Impl>(new Impl{model.impl_, SparsityPlan(d.config().n_layers, widths, dense_tokens)});
 }
 
 void Sparsity::set(const std::string& site, int layer, const float* thresholds, size_t n) {
@@ -30,6 +29,10 @@ void Sparsity::set(const std::string& site, int layer, const float* thresholds, 
   const std::string why = impl_->model->decoder.site_refusal(layer, s);
   if (!why.empty()) throw Error(ErrorCode::usage, "site " + site + " of layer " + std::to_string(layer) + " " + why);
   impl_->plan.set(layer, s, thresholds, n);
+}
+
+void Sparsity::set_break_even(const std::string& site, float break_even) {
+  impl_->plan.set_break_even(site_of(site), break_even);
 }
 
 int Sparsity::dense_tokens() const { return impl_->plan.dense_tokens(); }

@@ -53,10 +53,11 @@ struct KernelTable {
   // q, scale, sum as QuantVector, for one vector of n inputs (padded with zeros to a multiple of 32).
   void (*quantise)(const float* x, int n, int8_t* q, float* scale, int32_t* sum);
 
-  // Keeps input j of a quantised vector iff |x[j]| > threshold[j]: sets the other q to 0, makes sum those of what is
+  // Keeps input j of a quantised vector iff |x[j]| > threshold[j * stride], stride 0 or 1: sets the other q to 0, makes sum those of what is
   // left, and writes the active columns (ActiveColumns layout; n padded to a multiple of 32). A kept input whose q is 0
   // contributes nothing and is not listed. Returns the number of columns listed.
-  int (*select)(const float* x, const float* threshold, int n, int8_t* q, int32_t* sum, uint8_t* cols, uint8_t* count);
+  int (*select)(const float* x, const float* threshold, int stride, int n, int8_t* q, int32_t* sum, uint8_t* cols,
+                uint8_t* count);
 
   // y[r] for the rows of tiles [tile_begin, tile_end) of w; y is indexed by row and has padded_rows() entries.
   // Integer sums are exact; per slab, y = fma(float(sum) * scale, x_scale, y) and, with minima,

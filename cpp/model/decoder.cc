@@ -80,8 +80,8 @@ Decoder::Decoder(const PackedModel& model, int threads)
   z_.reset(1, c.n_ff, kWorkspace);
 
   if (by_neuron) survivors_.reset(size_t(c.n_ff), kWorkspace);
-  // Inputs of down that are exactly 0 need no threshold to be skipped. After a sub-norm they are 0 still.
-  no_threshold_.reset(size_t(std::max(c.n_ff, c.n_attn())), kWorkspace);
+  for (int l = 0; l < c.n_layers; l++)
+    for (Site s : {Site::A, Site::O, Site::M, Site::Z}) break_even_.push_back(break_even_by_shape(matrix_of(l, s)));
   true_zeros_ = c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 ||
                 c.up_relu;
 

@@ -206,7 +206,7 @@ class Decoder {
   void measure(const Pass& pass, const NeuronRows& w, float* gate, float* up, const uint8_t* flags, float* z) const;
   void rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const;
   // Thresholds of a site for the token at pos, or null. Decode: also those of exact zeros.
-  const float* threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const;
+  Thresholds threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const;
   const Linear& matrix_of(int layer, Site site) const;
   bool site_quantised(int layer, Site site) const;
   // Whether neurons that are exactly 0 are looked for in decode.
@@ -220,7 +220,7 @@ class Decoder {
   void count_held(const Pass& pass, int pos, bool decode, size_t bytes) const;
   void count_kept(const Pass& pass, int layer, Site site, int kept) const;
   // Share of columns or neurons above which leaving out the others does not pay.
-  float break_even(const Pass& pass) const;
+  float break_even(const Pass& pass, int layer, Site site) const;
   // Of `offered` neurons `kept` are computed; rows: rows of each of the others that are not read.
   void count_neurons(const Pass& pass, Site site, const NeuronRows& w, int kept, int offered, int rows) const;
   // What w multiplies in decode: `in`, its columns listed where fewer are kept than the break-even.
@@ -261,7 +261,7 @@ class Decoder {
   AlignedBuffer<float> partial_out_, partial_max_, partial_sum_;
   WorkCounter counter_[2];
   AlignedBuffer<int32_t> survivors_;   // [n_ff] neurons of each thread's share whose up rows are wanted
-  AlignedBuffer<float> no_threshold_;  // [n_ff or n_attn, the larger] zeros
+  std::vector<float> break_even_;      // [n_layers, A O M Z] by shape
   bool true_zeros_ = false;            // the activation gives exact zeros
   static constexpr int32_t no_neurons_[1] = {0};  // an empty list is not a missing one
   bool leave_ = false;

@@ -11,8 +11,8 @@ namespace {
 
 // Whether a neuron is kept: |g| above its threshold, or not 0 where there is none. What is not a number is kept, not
 // hidden.
-bool survives(float g, const float* threshold, int id) {
-  return !(std::fabs(g) <= (threshold ? threshold[id] : 0.0f));
+bool survives(float g, const Thresholds& threshold, int id) {
+  return !(std::fabs(g) <= (threshold ? threshold.of(id) : 0.0f));
 }
 
 }  // namespace
@@ -54,8 +54,8 @@ void Decoder::finish_neurons(const Pass& pass, int layer, int begin, int end) {
   const LayerWeights& w = ffn_weights(layer);
   if (w.ffn_sub_norm || !w.ffn_down.quantised || begin >= end) return;
   z_.quantise(0, begin, end - begin);
-  const float* threshold = threshold_for(pass, layer, Site::Z, pass.pos, true);
-  if (pass.stored && !threshold) threshold = no_threshold_.data();
+  Thresholds threshold = threshold_for(pass, layer, Site::Z, pass.pos, true);
+  if (pass.stored && !threshold) threshold = kNotZero;
   if (threshold) z_.select(0, threshold, begin, end - begin);
   if (pass.stored) store_->places(layer, z_.active(0), begin / kSlabCols, (end + kSlabCols - 1) / kSlabCols, place_.data());
 }
@@ -102,10 +102,10 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare s
   if (begin >= end) return;
   const bool gated = config_.ffn_gated;
   if (list) count_neurons(pass, Site::N, w, last - first, end - begin, gated ? 2 : 1);
-  const float* threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos, true) : nullptr;
+  const Thresholds threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos, true) : Thresholds();
   const bool choose = gated && (threshold || skips_zeros(pass));
   float* last_kept = &t.kept_share[size_t(layer)];
-  const bool apart = choose && *last_kept <= break_even(pass);
+  const bool apart = choose && *last_kept <= break_even(pass, layer, Site::G);
   // Results stand in the list's order.
   multiply_rows(pass, layer, tid, list, first, last, gated ? gate : nullptr, apart ? nullptr : up, first);
   float* active = gated ? gate : up;
@@ -160,7 +160,7 @@ void Decoder::prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, 
   }
   for (int i = row_begin; i < row_end; i++, gate += ld, up += ld) {
     float* z = b.z.row(i) + first;
-    const float* threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos + i, false) : nullptr;
+    const Thresholds threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos + i, false) : Thresholds();
     const uint8_t* flags = neurons_kept(pass, layer, i);
     if (flags && pass.skipping.measure) {
       measure(pass, w.ffn_rows, gate, up, flags + first, z);

@@ -9,6 +9,8 @@
 
 namespace sr {
 
+constexpr size_t kLongRun = 1024;  // bytes
+
 void InputBuffer::reset(int n, int width, const char* what, bool rows) {
   width_ = width;
   padded_ = (width + kSlabCols - 1) / kSlabCols * kSlabCols;
@@ -39,9 +41,10 @@ RowVector InputBuffer::ordered(int i) const {
           ordered_sum_.data() + at * 2 * kRowLanes};
 }
 
-void InputBuffer::select(int i, const float* threshold, int begin, int count) {
+void InputBuffer::select(int i, const Thresholds& threshold, int begin, int count) {
   const size_t at = size_t(i) * padded_ + begin;
-  kernels().select(x_.data() + at, threshold + begin, count, q_.data() + at, sum_.data() + 2 * (at / kSlabCols),
+  kernels().select(x_.data() + at, threshold.at + begin * threshold.stride, threshold.stride, count, q_.data() + at,
+                   sum_.data() + 2 * (at / kSlabCols),
                    cols_.data() + at, count_.data() + at / kSlabCols);
 }
 
@@ -100,6 +103,12 @@ Linear load_linear(const PackedModel& model, const std::string& name, int rows, 
   w.bias = model.vector(name + ".bias", {rows}, false);
   if (w.bias) w.bytes += size_t(rows) * sizeof(float);
   return w;
+}
+
+float break_even_by_shape(const Linear& w) {
+  size_t run = w.parts.empty() ? 0 : SIZE_MAX;
+  for (const PanelMatrix& p : w.parts) run = std::min(run, p.run_bytes(std::min(p.panel_rows, p.padded_rows())));
+  return run < kLongRun ? 0.7f : 0.9f;
 }
 
 void set_shares(Linear* w, int threads, int tiles_per_unit) {

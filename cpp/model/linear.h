@@ -6,6 +6,7 @@
 
 #include "base/aligned_buffer.h"
 #include "kernels/table.h"
+#include "sparse/plan.h"
 
 namespace sr {
 
@@ -32,8 +33,8 @@ class InputBuffer {
   void order(int i);
   RowVector ordered(int i) const;  // from row i on
   Input input(int row = 0) const;  // from this row on
-  // After quantise: keeps what exceeds its threshold [width], in the 32-aligned stretch [begin, begin + count).
-  void select(int i, const float* threshold, int begin, int count);
+  // After quantise: keeps what exceeds its threshold, in the 32-aligned stretch [begin, begin + count).
+  void select(int i, const Thresholds& threshold, int begin, int count);
   // Columns that select kept in row i, and the row's list of them.
   int kept(int i) const;
   ActiveColumns active(int i) const;
@@ -80,6 +81,10 @@ struct Linear {
 
 // Reads NAME and NAME.bias. `unit` rows must not be split between two parts (a head, or a tile).
 Linear load_linear(const PackedModel& model, const std::string& name, int rows, int cols, int unit);
+
+// Share of kept columns above which skipping the others is not expected to pay, where it was not measured: short runs
+// of weights are read no faster for gaps between them (cpp/kernels/README.md).
+float break_even_by_shape(const Linear& w);
 
 // Sets share for this many threads, in units of `tiles_per_unit` tiles.
 void set_shares(Linear* w, int threads, int tiles_per_unit);

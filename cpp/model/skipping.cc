@@ -11,8 +11,8 @@
 namespace sr {
 namespace {
 
-// Above this share of kept columns exact skipping of zeros does not pay.
-constexpr float kExactBreakEven = 0.85f;
+// Above this share of neurons gate and up are read in one go.
+constexpr float kNeuronBreakEven = 0.85f;
 
 }  // namespace
 
@@ -57,20 +57,20 @@ std::string Decoder::site_refusal(int layer, Site site) const {
   return "";
 }
 
-const float* Decoder::threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const {
+Thresholds Decoder::threshold_for(const Pass& pass, int layer, Site site, int pos, bool decode) const {
   const SparsityPlan* plan = pass.skipping.plan;
   const bool planned = plan && (decode || pass.skipping.mask_blocks) && pos >= plan->dense_tokens();
   if (planned) {
-    if (const float* t = plan->threshold(layer, site)) return t;
+    if (const Thresholds t = plan->threshold(layer, site)) return t;
   }
-  // Neurons that were left out, or are exactly 0, need no column of down.
-  if (!site_quantised(layer, site)) return nullptr;
-  if (site == Site::O && head_predictor(pass, layer, pos, decode)) return no_threshold_.data();
+  // Neurons that were left out, or are exactly 0, need no column of down; after a sub-norm they are 0 still.
+  if (!site_quantised(layer, site)) return {};
+  if (site == Site::O && head_predictor(pass, layer, pos, decode)) return kNotZero;
   const bool predicted = !pass.skipping.measure && neuron_predictor(pass, layer, pos, decode);
   const bool zeros = (decode && skips_zeros(pass)) || chosen(pass, layer, decode) || predicted ||
-                     (planned && plan->threshold(layer, Site::G));
-  if (site == Site::Z && zeros) return no_threshold_.data();
-  return nullptr;
+                     (planned && plan->threshold(layer, Site::G).at);
+  if (site == Site::Z && zeros) return kNotZero;
+  return {};
 }
 
 const NeuronSet* Decoder::chosen(const Pass& pass, int layer, bool decode) const {
@@ -78,8 +78,10 @@ const NeuronSet* Decoder::chosen(const Pass& pass, int layer, bool decode) const
   return s.neurons && (decode || s.mask_neurons) ? s.neurons->of(layer) : nullptr;
 }
 
-float Decoder::break_even(const Pass& pass) const {
-  return pass.skipping.plan ? pass.skipping.plan->break_even() : kExactBreakEven;
+float Decoder::break_even(const Pass& pass, int layer, Site site) const {
+  const SparsityPlan* plan = pass.skipping.plan;
+  if (plan && plan->break_even(site) != SparsityPlan::kByShape) return plan->break_even(site);
+  return site == Site::G ? kNeuronBreakEven : break_even_[size_t(layer) * 4 + size_t(site)];
 }
 
 void Decoder::count_held(const Pass& pass, int pos, bool decode, size_t bytes) const {
@@ -100,7 +102,7 @@ void Decoder::count_kept(const Pass& pass, int layer, Site site, int kept) const
   const int width = w.cols;
   counts->kept[size_t(site)].fetch_add(kept, std::memory_order_relaxed);
   counts->offered[size_t(site)].fetch_add(width, std::memory_order_relaxed);
-  if (float(kept) > break_even(pass) * float(width)) return;
+  if (float(kept) > break_even(pass, layer, site) * float(width)) return;
   size_t saved = 0;
   for (const PanelMatrix& m : w.parts) {
     const size_t heads = size_t(m.slabs()) * m.slab_head_bytes(m.padded_rows());
@@ -120,18 +122,18 @@ void Decoder::count_neurons(const Pass& pass, Site site, const NeuronRows& w, in
 
 Input Decoder::masked(const Pass& pass, int tid, int layer, Site site, InputBuffer* in, bool selected) const {
   Input x = in->input();
-  const float* threshold = threshold_for(pass, layer, site, pass.pos, true);
+  const Thresholds threshold = threshold_for(pass, layer, site, pass.pos, true);
   if (!threshold) return x;
   if (!selected) in->select(0, threshold, 0, in->width());
   const int kept = in->kept(0);
   if (tid == 0) count_kept(pass, layer, site, kept);
-  if (float(kept) <= break_even(pass) * float(in->width())) x.active = in->active(0);
+  if (float(kept) <= break_even(pass, layer, site) * float(in->width())) x.active = in->active(0);
   return x;
 }
 
 void Decoder::mask_row(const Pass& pass, int layer, Site site, int row, InputBuffer* in) const {
   tap(pass, site, row, *in);
-  const float* threshold = threshold_for(pass, layer, site, pass.pos + row, false);
+  const Thresholds threshold = threshold_for(pass, layer, site, pass.pos + row, false);
   if (!threshold) return;
   in->select(row, threshold, 0, in->width());
   count_kept(pass, layer, site, in->kept(row));

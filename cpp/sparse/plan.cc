@@ -1,6 +1,7 @@
 // Checked when set: kernels compare without looking.
 #include "sparse/plan.h"
 
+#include <algorithm>
 #include <atomic>
 #include <string>
 
@@ -16,17 +17,21 @@ uint64_t next_serial() {
 
 }  // namespace
 
-SparsityPlan::SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens, float break_even)
+SparsityPlan::SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens)
     : n_layers_(n_layers),
       dense_tokens_(dense_tokens),
-      break_even_(break_even),
       widths_(widths),
       thresholds_(size_t(n_layers) * kSites),
       serial_(next_serial()) {
   if (dense_tokens < 0) throw Error(ErrorCode::usage, "dense_tokens must be 0 or more, got " + std::to_string(dense_tokens));
-  if (!(break_even >= 0 && break_even <= 1)) {
-    throw Error(ErrorCode::usage, "break_even must be from 0 to 1, got " + std::to_string(break_even));
+  break_even_.fill(kByShape);
+}
+
+void SparsityPlan::set_break_even(Site site, float value) {
+  if (!(value >= 0 && value <= 1)) {
+    throw Error(ErrorCode::usage, "break_even must be from 0 to 1, got " + std::to_string(value));
   }
+  break_even_[size_t(site)] = value;
 }
 
 void SparsityPlan::set(int layer, Site site, const float* thresholds, size_t n) {
@@ -37,11 +42,14 @@ void SparsityPlan::set(int layer, Site site, const float* thresholds, size_t n) 
     throw Error(ErrorCode::usage, where + ": " + std::to_string(n) + " values, this model needs 1 or " +
                                       std::to_string(width) + ": was it calibrated for another model?");
   }
-  AlignedBuffer<float> own(width, "thresholds");
-  for (size_t i = 0; i < width; i++) {
-    own[i] = thresholds[n == 1 ? 0 : i];
-    if (!(own[i] >= 0)) throw Error(ErrorCode::usage, where + " must be 0 or more, got " + std::to_string(own[i]));
+  for (size_t i = 0; i < n; i++) {
+    if (!(thresholds[i] >= 0)) {
+      throw Error(ErrorCode::usage, where + " must be 0 or more, got " + std::to_string(thresholds[i]));
+    }
   }
+  const bool same = std::all_of(thresholds, thresholds + n, [&](float t) { return t == thresholds[0]; });
+  AlignedBuffer<float> own(same ? 1 : width, "thresholds");
+  std::copy_n(thresholds, own.size(), own.data());
   thresholds_[size_t(layer) * kSites + size_t(site)] = std::move(own);
   serial_ = next_serial();
 }

@@ -18,30 +18,47 @@ constexpr int kSites = 5;
 constexpr int kAllSites = 7;
 constexpr const char* kSiteNames[kAllSites] = {"A", "O", "M", "Z", "G", "N", "H"};
 
+// Thresholds of a site in a layer: one for each input, or one for all, which costs no memory traffic.
+struct Thresholds {
+  const float* at = nullptr;  // null: nothing is left out
+  int stride = 0;             // 1 or 0
+  explicit operator bool() const { return at != nullptr; }
+  float of(int input) const { return at[size_t(input) * size_t(stride)]; }
+};
+
+// Inputs that are exactly 0 need no threshold to be left out.
+inline constexpr float kZeroThreshold = 0;
+inline constexpr Thresholds kNotZero = {&kZeroThreshold, 0};
+
 // Immutable once built; shared by sessions.
 class SparsityPlan {
  public:
-  // widths: inputs of each site. Positions before dense_tokens stay dense; a product whose share of kept columns is
-  // above break_even runs dense on the masked input, which gives the same bits.
-  SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens, float break_even);
+  // Where no break-even was set: the decoder decides by the matrix's shape.
+  static constexpr float kByShape = -1;
+
+  // widths: inputs of each site. Positions before dense_tokens stay dense.
+  SparsityPlan(int n_layers, const std::array<int, kSites>& widths, int dense_tokens);
 
   int n_layers() const { return n_layers_; }
   // Differs from that of every other plan, and changes when thresholds are set: what copies of them are known by.
   uint64_t serial() const { return serial_; }
   int width(Site site) const { return widths_[size_t(site)]; }
   int dense_tokens() const { return dense_tokens_; }
-  float break_even() const { return break_even_; }
+  // A product whose share of kept columns is above this runs dense on the masked input, which gives the same bits.
+  // From 0 to 1, or kByShape.
+  float break_even(Site site) const { return break_even_[size_t(site)]; }
+  // Throws Error(usage) on anything but 0 to 1.
+  void set_break_even(Site site, float value);
   // Thresholds [width] of a site, one value repeated where n is 1. Throws Error(usage) on another n, a negative or NaN.
   void set(int layer, Site site, const float* thresholds, size_t n);
-  // [width], or null where the site is dense.
-  const float* threshold(int layer, Site site) const {
+  Thresholds threshold(int layer, Site site) const {
     const AlignedBuffer<float>& t = thresholds_[size_t(layer) * kSites + size_t(site)];
-    return t.size() ? t.data() : nullptr;
+    return {t.size() ? t.data() : nullptr, t.size() > 1};
   }
 
  private:
   int n_layers_, dense_tokens_;
-  float break_even_;
+  std::array<float, kSites> break_even_;
   std::array<int, kSites> widths_;
   std::vector<AlignedBuffer<float>> thresholds_;
   uint64_t serial_;

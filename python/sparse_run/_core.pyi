@@ -178,11 +178,11 @@ class Sparsity:
         model: Model,
         thresholds: dict[str, list[NDArray[np.float32] | None]],
         dense_tokens: int = 16,
-        break_even: float = 0.9,
+        break_even: float | dict[str, float] | None = None,
     ) -> None:
         """thresholds: site letter -> one entry a layer: None (dense) or [width] or [1] thresholds >= 0, not NaN;
         widths: A, M: n_embd; O: n_heads * head_dim; Z, G: n_ff. `break_even`: density above which a product runs dense
-        (on the masked input: the same bits). Raises UsageError on a wrong site, shape or value, where a site's matrix
+        (on the masked input: the same bits), one for all or by site; where None or left out, by the matrix's shape. Raises UsageError on a wrong site, shape or value, where a site's matrix
         is float (not G), and where the layout of the FFN does not allow the site, with the layout that does."""
     @property
     def dense_tokens(self) -> int: ...

@@ -67,11 +67,10 @@ class SparsityFile:
     def plan(self, model: _core.Model) -> _core.Sparsity:
         """The thresholds, bound to an opened model for `Session.set_sparsity`."""
         from . import _core
-        from .bench.breakeven import DEFAULT, known_break_even
+        from .bench.breakeven import known_break_evens
 
-        known = known_break_even(self.fingerprint, model.isa, model.threads)
-        break_even = DEFAULT if known is None else known
-        return _core.Sparsity(model, self.thresholds, dense_tokens=self.dense_tokens, break_even=break_even)
+        known = known_break_evens(self.fingerprint, model.isa, model.threads)
+        return _core.Sparsity(model, self.thresholds, dense_tokens=self.dense_tokens, break_even=known)
 
     def faster(self) -> bool:
         """Whether calibration measured sparse decoding to be faster than dense decoding."""

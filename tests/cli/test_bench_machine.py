@@ -124,12 +124,14 @@ class TestKnown:
         return path
 
     def keep(self, cache: Path, key: str, version: str, value: object) -> None:
-        entry = {"version": version, "break_even": value}
+        entry = {"version": version, "break_even": value, "shapes": [{"sites": ["M"], "break_even": value}]}
         cache.write_text(json.dumps({"schema": 1, "cpu": "x", "models": {key: entry}}))
 
     def test_is_found_for_the_same_model_set_and_threads_only(self, cache: Path) -> None:
         self.keep(cache, "abc avx2 2", _core.__version__, 0.7)
         assert breakeven.known_break_even("abc", "avx2", 2) == 0.7
+        assert breakeven.known_break_evens("abc", "avx2", 2) == {"M": 0.7}
+        assert breakeven.known_break_evens("abc", "avx2", 1) is None
         assert breakeven.known_break_even("abd", "avx2", 2) is None
         assert breakeven.known_break_even("abc", "avx512", 2) is None
         assert breakeven.known_break_even("abc", "avx2", 1) is None
@@ -138,6 +140,7 @@ class TestKnown:
     def test_impossible_values_count_as_none(self, cache: Path, value: object) -> None:
         self.keep(cache, "abc avx2 2", _core.__version__, value)
         assert breakeven.known_break_even("abc", "avx2", 2) is None
+        assert breakeven.known_break_evens("abc", "avx2", 2) is None
 
     def test_other_versions_and_damaged_files_count_as_none(self, cache: Path) -> None:
         self.keep(cache, "abc avx2 2", "0.0.0-other", 0.7)

@@ -79,15 +79,16 @@ TEST_CASE("select: every ISA gives generic's mask, list and sums; what is kept i
   std::mt19937 rng(4);
   for (const KernelTable* k : runnable())
     for (int n : {32, 64, 40, 1, 577})
-      for (int density : {0, 30, 100}) {
+      for (int density : {0, 30, 100, 101}) {
+        const int stride = density < 101;  // 101: one threshold for all, and no more than one readable
         const std::vector<float> x = random_vector(n, rng);
-        std::vector<float> t(n);
+        std::vector<float> t(stride ? n : 1);
         for (auto& v : t) v = density == 0 ? 100.0f : density == 100 ? 0.0f : 0.6f;
         Quantised a(generic(), x, n), b = a;
         const Quantised before = a;
         std::vector<uint8_t> ca(a.slabs * 32, 7), cb(a.slabs * 32, 9), na(a.slabs), nb(a.slabs);
-        const int got = generic().select(x.data(), t.data(), n, a.q.data(), a.sum.data(), ca.data(), na.data());
-        CHECK_EQ(k->select(x.data(), t.data(), n, b.q.data(), b.sum.data(), cb.data(), nb.data()), got);
+        const int got = generic().select(x.data(), t.data(), stride, n, a.q.data(), a.sum.data(), ca.data(), na.data());
+        CHECK_EQ(k->select(x.data(), t.data(), stride, n, b.q.data(), b.sum.data(), cb.data(), nb.data()), got);
         CHECK(a.q == b.q && a.sum == b.sum && na == nb);
         int listed = 0;
         for (int s = 0; s < a.slabs; ++s) {
@@ -99,7 +100,7 @@ TEST_CASE("select: every ISA gives generic's mask, list and sums; what is kept i
           listed += int(columns.size());
           for (int c = 0; c < 32; ++c) {
             const int j = s * 32 + c;
-            const bool keep = j < n && std::fabs(x[j]) > t[j];
+            const bool keep = j < n && std::fabs(x[j]) > t[size_t(j * stride)];
             CHECK_EQ(int(a.q[j]), keep ? int(before.q[j]) : 0);
             CHECK_EQ(columns.count(c) == 1, a.q[j] != 0);
           }

@@ -25,7 +25,8 @@ using sr_test::TinySpec;
 namespace {
 
 Sparsity plan_of(const Model& model, const char* site, float threshold, int layers, float break_even = 0.9f) {
-  Sparsity plan(model, 0, break_even);
+  Sparsity plan(model, 0);
+  plan.set_break_even(site, break_even);
   for (int l = 0; l < layers; l++) plan.set(site, l, &threshold, 1);
   return plan;
 }
@@ -181,7 +182,7 @@ TEST_CASE("site G: a threshold of its own for every neuron, and sites together")
   for (size_t i = 0; i < own.size(); i++) own[i] = i % 3 ? 0.05f * float(i % 7) : never;
   const float small = 0.1f;
   for (const bool others : {false, true}) {
-    Sparsity plan(model, 5, 0.9f);
+    Sparsity plan(model, 5);
     plan.set("G", 1, own.data(), own.size());
     if (others) {
       for (const char* site : {"A", "O", "Z"}) plan.set(site, 1, &small, 1);
@@ -204,14 +205,14 @@ TEST_CASE("sites: what a layout cannot do is refused with the remedy, impossible
   const TinyModel plain(spec);
   const Model a = open_model(panels, 1), b = open_model(neurons, 1), c = open_model(plain, 1);
   const float t = 0.1f, nan = NAN, negative = -0.1f;
-  CHECK_THROWS(Sparsity(a, 0, 0.9f).set("G", 0, &t, 1), Error, "sparse-run convert --layout neurons");
-  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("M", 0, &t, 1), Error, "sparse-run convert --layout panels");
-  CHECK_THROWS(Sparsity(c, 0, 0.9f).set("G", 0, &t, 1), Error, "use site Z");
-  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("G", 1, &nan, 1), Error, "site G in layer 1 must be 0 or more");
-  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("G", 1, &negative, 1), Error, "must be 0 or more");
+  CHECK_THROWS(Sparsity(a, 0).set("G", 0, &t, 1), Error, "sparse-run convert --layout neurons");
+  CHECK_THROWS(Sparsity(b, 0).set("M", 0, &t, 1), Error, "sparse-run convert --layout panels");
+  CHECK_THROWS(Sparsity(c, 0).set("G", 0, &t, 1), Error, "use site Z");
+  CHECK_THROWS(Sparsity(b, 0).set("G", 1, &nan, 1), Error, "site G in layer 1 must be 0 or more");
+  CHECK_THROWS(Sparsity(b, 0).set("G", 1, &negative, 1), Error, "must be 0 or more");
   const std::vector<float> few(7, 0.1f);
-  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("G", 1, few.data(), few.size()), Error, "7 values, this model needs 1 or 192");
-  CHECK_THROWS(Sparsity(b, 0, 0.9f).set("Q", 1, &t, 1), Error, "unknown site 'Q'");
+  CHECK_THROWS(Sparsity(b, 0).set("G", 1, few.data(), few.size()), Error, "7 values, this model needs 1 or 192");
+  CHECK_THROWS(Sparsity(b, 0).set("Q", 1, &t, 1), Error, "unknown site 'Q'");
 }
 
 TEST_CASE("taps: act(gate) times up is what down multiplies, in both layouts") {

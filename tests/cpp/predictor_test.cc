@@ -147,7 +147,7 @@ TEST_CASE("predictors: nothing predicted leaves only the attention; no head leav
   s.set_predictor(nullptr, false, false);
   const std::vector<int32_t> none;
   s.set_neurons({&none, &none, &none}, false);
-  sr::Sparsity plan(model, 0, 0.9f);
+  sr::Sparsity plan(model, 0);
   const float never = std::numeric_limits<float>::infinity();
   for (int l = 1; l < spec.n_layers; l++) plan.set("O", l, &never, 1);
   s.set_sparsity(&plan, false);

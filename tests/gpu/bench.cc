@@ -386,7 +386,7 @@ void whole(const std::string& folder, int layers, double copy) {
     std::printf("prompt of 512 tokens: %.0f tok/s\n", 512 / median(times));
 
     const auto cuts = quantiles(session, layers, 0.5, 15);
-    Sparsity half(model, 0, 0.9f);
+    Sparsity half(model, 0);
     const char* names[] = {"A", "O", "M", "Z"};
     for (int l = 0; l < layers; l++)
       for (int i = 0; i < 4; i++) half.set(names[i], l, &cuts[size_t(l)][size_t(i)], 1);

@@ -109,7 +109,8 @@ TEST_CASE("device decoder: a step is captured once and replayed, for each cache,
   cuda::DeviceDecoder gpu(packed);
   cuda::DeviceKv one(gpu.config(), 64), two(gpu.config(), 64);
   std::array<int, kSites> widths{{96, 64, 96, 192, 192}};
-  SparsityPlan plan(2, widths, 2, 0.9f);
+  SparsityPlan plan(2, widths, 2);
+  for (Site s : {Site::A, Site::O, Site::M, Site::Z, Site::G}) plan.set_break_even(s, 0.9f);
   const float cut = 0.4f;
   for (int l = 0; l < 2; l++)
     for (Site s : {Site::A, Site::O, Site::M, Site::Z}) plan.set(l, s, &cut, 1);
@@ -142,7 +143,8 @@ TEST_CASE("device decoder: thresholds at A, O, M, Z and G mask and count as the 
       const TinyModel tiny(spec);
       Pair pair(tiny);
       std::array<int, kSites> widths{{96, 64, 96, 192, 192}};
-      SparsityPlan plan(2, widths, 3, 0.9f);
+      SparsityPlan plan(2, widths, 3);
+      for (Site s : {Site::A, Site::O, Site::M, Site::Z, Site::G}) plan.set_break_even(s, 0.9f);
       for (int l = 0; l < 2; l++)
         for (int s = 0; s < kSites; s++) {
           if (!pair.cpu.site_refusal(l, Site(s)).empty()) continue;

@@ -40,7 +40,7 @@ std::vector<float> want_gemv(const PanelMatrix& m, const std::vector<float>& x, 
   Quantised q(generic(), x, m.cols);
   std::vector<uint8_t> cols(q.q.size()), count(size_t(q.slabs));
   if (!threshold.empty())
-    generic().select(x.data(), threshold.data(), m.cols, q.q.data(), q.sum.data(), cols.data(), count.data());
+    generic().select(x.data(), threshold.data(), 1, m.cols, q.q.data(), q.sum.data(), cols.data(), count.data());
   generic().gemv_q(m, q.view(), 0, m.tiles(), y.data());
   return y;
 }

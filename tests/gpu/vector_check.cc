@@ -28,7 +28,8 @@ TEST_CASE("what a product multiplies: quantised, masked, counted and listed as g
     Quantised want(generic(), x, width);
     std::vector<uint8_t> cols(want.q.size()), count(size_t(want.slabs));
     const Quantised dense = want;
-    const int kept = generic().select(x.data(), threshold.data(), width, want.q.data(), want.sum.data(), cols.data(), count.data());
+    const int kept = generic().select(x.data(), threshold.data(), 1, width, want.q.data(), want.sum.data(), cols.data(),
+                                      count.data());
     in_every_order([&] {
       for (bool masked : {false, true}) {
         const DeviceInput in(s, x, 1, width, masked ? threshold : std::vector<float>());

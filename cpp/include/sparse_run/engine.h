@@ -127,8 +127,10 @@ class Model {
 // Thresholds at the sites A, O, M, Z and G of every layer (cpp/sparse/plan.h), bound to one model.
 class Sparsity {
  public:
-  // Positions before dense_tokens stay dense; above the density break_even a product runs dense. Throws Error(usage).
-  Sparsity(const Model& model, int dense_tokens, float break_even);
+  // Positions before dense_tokens stay dense. Throws Error(usage).
+  Sparsity(const Model& model, int dense_tokens);
+  // The density, 0 to 1, above which products of a site run dense; not set: by the matrix's shape. Throws Error(usage).
+  void set_break_even(const std::string& site, float break_even);
   // site: "A", "O", "M", "Z" or "G"; n thresholds, one for each input (neuron) or one for all. Throws Error(usage),
   // also where the layout of the layer's FFN does not allow the site.
   void set(const std::string& site, int layer, const float* thresholds, size_t n);

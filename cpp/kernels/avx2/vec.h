@@ -128,6 +128,26 @@ struct Vec {
     return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
   }
 
+  // The first `count` (1..N, N = 16 or 32) entries of cols: off[i] = cols[i] * run and the bytes of x4 the inputs
+  // q[cols[i]], up to N entries written; beyond count the last column with an input of 0.
+  template <int N>
+  static void list_columns(const int8_t* q, const uint8_t* cols, int count, uint32_t run, uint32_t* off, uint32_t* x4) {
+    const __m128i *pq = reinterpret_cast<const __m128i*>(q), *pc = reinterpret_cast<const __m128i*>(cols);
+    const __m128i q0 = _mm_loadu_si128(pq), q1 = _mm_loadu_si128(pq + 1), last = _mm_set1_epi8(char(cols[count - 1]));
+    const I step = _mm256_set1_epi32(int(run));
+    for (int h = 0; h < N / 16; ++h) {
+      const __m128i at = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m128i listed = _mm_cmpgt_epi8(_mm_set1_epi8(char(count - 16 * h)), at);
+      const __m128i c = _mm_blendv_epi8(last, _mm_loadu_si128(pc + h), listed);
+      const __m128i second = _mm_slli_epi16(c, 3);  // bit 4 of each byte decides
+      const __m128i x = _mm_blendv_epi8(_mm_shuffle_epi8(q0, c), _mm_shuffle_epi8(q1, c), second);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(x4) + h, _mm_and_si128(x, listed));
+      I* out = reinterpret_cast<I*>(off + 16 * h);
+      _mm256_storeu_si256(out, _mm256_mullo_epi32(_mm256_cvtepu8_epi32(c), step));
+      _mm256_storeu_si256(out + 1, _mm256_mullo_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(c, 8)), step));
+    }
+  }
+
   // ---- codes of one column for half a tile (rows 32 H .. 32 H + 31), one byte each, in row order ----
   template <int BITS, int H>
   static I codes(const uint8_t* low, const uint8_t* high) {

@@ -9,8 +9,9 @@ namespace sr {
 namespace avx2 {
 
 void quantise(const float* x, int n, int8_t* q, float* scale, int32_t* sum) { simd::quantise<Vec>(x, n, q, scale, sum); }
-int select(const float* x, const float* threshold, int n, int8_t* q, int32_t* sum, uint8_t* cols, uint8_t* count) {
-  return simd::select<Vec>(x, threshold, n, q, sum, cols, count);
+int select(const float* x, const float* threshold, int stride, int n, int8_t* q, int32_t* sum, uint8_t* cols,
+           uint8_t* count) {
+  return simd::select<Vec>(x, threshold, stride, n, q, sum, cols, count);
 }
 void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
   simd::rms_norm<Vec>(x, weight, n, eps, out);

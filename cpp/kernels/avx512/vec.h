@@ -98,6 +98,28 @@ struct Vec {
     return _mm256_test_epi8_mask(v, v);
   }
 
+  // The first `count` (1..N, N = 16 or 32) entries of cols: off[i] = cols[i] * run and the bytes of x4 the inputs
+  // q[cols[i]], up to N entries written; beyond count the last column with an input of 0.
+  template <int N>
+  static void list_columns(const int8_t* q, const uint8_t* cols, int count, uint32_t run, uint32_t* off, uint32_t* x4) {
+    const __mmask32 listed = uint32_t(0xFFFFFFFFu >> (32 - count));
+    const __m128i *pq = reinterpret_cast<const __m128i*>(q), *pc = reinterpret_cast<const __m128i*>(cols);
+    const __m256i given = N == 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(cols))
+                                  : _mm256_castsi128_si256(_mm_loadu_si128(pc));
+    const __m256i c = _mm256_mask_mov_epi8(_mm256_set1_epi8(char(cols[count - 1])), listed, given);
+    const __m256i first = _mm256_maskz_shuffle_epi8(listed, _mm256_broadcastsi128_si256(_mm_loadu_si128(pq)), c);
+    const __mmask32 second = _mm256_mask_test_epi8_mask(listed, c, _mm256_set1_epi8(16));
+    const __m256i x = _mm256_mask_shuffle_epi8(first, second, _mm256_broadcastsi128_si256(_mm_loadu_si128(pq + 1)), c);
+    const I step = _mm512_set1_epi32(int(run));
+    _mm512_storeu_si512(off, _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(c)), step));
+    if (N == 32) {
+      _mm512_storeu_si512(off + 16, _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(c, 1)), step));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(x4), x);
+    } else {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(x4), _mm256_castsi256_si128(x));
+    }
+  }
+
   // ---- codes of one column for the 64 rows of a tile, one byte each, in row order ----
   template <int BITS>
   static I codes(const uint8_t* low, const uint8_t* high) {

@@ -34,14 +34,15 @@ void quantise(const float* x, int n, int8_t* q, float* scale, int32_t* sum) {
   }
 }
 
-int select(const float* x, const float* threshold, int n, int8_t* q, int32_t* sum, uint8_t* cols, uint8_t* count) {
+int select(const float* x, const float* threshold, int stride, int n, int8_t* q, int32_t* sum, uint8_t* cols,
+           uint8_t* count) {
   int total = 0;
   for (int s = 0; s * kSlabCols < n; ++s) {
     sum[2 * s] = sum[2 * s + 1] = 0;
     int listed = 0;
     for (int c = 0; c < kSlabCols; ++c) {
       const int j = s * kSlabCols + c;
-      if (j >= n || !(std::fabs(x[j]) > threshold[j])) q[j] = 0;
+      if (j >= n || !(std::fabs(x[j]) > threshold[j * stride])) q[j] = 0;
       if (q[j] == 0) continue;
       cols[s * kSlabCols + listed++] = uint8_t(c);
       sum[2 * s + c / 16] += q[j];

@@ -131,6 +131,25 @@ struct Vec {
     return bits_of(set[0], set[1]);
   }
 
+  // The first `count` (1..N, N = 16 or 32) entries of cols: off[i] = cols[i] * run and the bytes of x4 the inputs
+  // q[cols[i]], up to N entries written; beyond count the last column with an input of 0.
+  template <int N>
+  static void list_columns(const int8_t* q, const uint8_t* cols, int count, uint32_t run, uint32_t* off, uint32_t* x4) {
+    const uint8x16_t at = vcombine_u8(vcreate_u8(0x0706050403020100ull), vcreate_u8(0x0F0E0D0C0B0A0908ull));
+    const uint8x16_t last = vdupq_n_u8(cols[count - 1]);
+    const int8x16x2_t inputs = {{vld1q_s8(q), vld1q_s8(q + 16)}};
+    for (int h = 0; h < N / 16; ++h) {
+      const uint8x16_t listed = vcltq_s8(vreinterpretq_s8_u8(at), vdupq_n_s8(int8_t(count - 16 * h)));
+      const uint8x16_t c = vbslq_u8(listed, vld1q_u8(cols + 16 * h), last);
+      vst1q_s8(reinterpret_cast<int8_t*>(x4) + 16 * h, vandq_s8(vqtbl2q_s8(inputs, c), vreinterpretq_s8_u8(listed)));
+      const uint16x8_t half[2] = {vmovl_u8(vget_low_u8(c)), vmovl_u8(vget_high_u8(c))};
+      for (int k = 0; k < 2; ++k) {
+        vst1q_u32(off + 16 * h + 8 * k, vmulq_n_u32(vmovl_u16(vget_low_u16(half[k])), run));
+        vst1q_u32(off + 16 * h + 8 * k + 4, vmulq_n_u32(vmovl_u16(vget_high_u16(half[k])), run));
+      }
+    }
+  }
+
   // Exact sums over some columns of the 64 rows of a tile, four columns at a time.
   template <int BITS>
   using Acc = TileAcc<BITS>;

@@ -21,37 +21,44 @@ struct SlabPlan {
   uint32_t off[2 * kSlabCols];
   uint32_t x4[2 * kSlabCols / 4];
   int quads[2];  // per group; the second group's quads follow the first's
-  int columns;   // entries of off
+  int columns;   // visited; entries of off without those that fill up
 };
 
-// Columns cols[0..count) (ascending; null = all 32) of a slab whose runs are run_bytes apart. A group's last quad is
-// filled up with an input of 0 on a column that is read anyway. place: where the columns' runs begin instead, or null.
-static void plan_slab(const int8_t* q, const uint8_t* cols, int count, const uint32_t* place, int group,
-                      uint32_t run_bytes, SlabPlan* plan) {
-  if (!cols) {
-    for (int c = 0; c < kSlabCols; ++c) plan->off[c] = c * run_bytes;
-    std::memcpy(plan->x4, q, kSlabCols);
-    plan->quads[0] = group / 4;
-    plan->quads[1] = group == 16 ? 4 : 0;
-    plan->columns = kSlabCols;
-    return;
+// All 32 columns of slabs whose runs are run_bytes apart, less the inputs.
+SR_INLINE void plan_all(int group, uint32_t run_bytes, SlabPlan* plan) {
+  for (int c = 0; c < kSlabCols; ++c) plan->off[c] = c * run_bytes;
+  plan->quads[0] = group / 4;
+  plan->quads[1] = group == 16 ? 4 : 0;
+  plan->columns = kSlabCols;
+}
+
+// Of one scale group: columns cols[0..count), count > 0, into off and x4; the quads they make. The last one is filled up
+// with an input of 0 on a column that is read anyway. place: where the columns' runs begin instead, or null.
+template <class V, int GROUP>
+inline int plan_group(const int8_t* q, const uint8_t* cols, int count, const uint32_t* place, uint32_t run_bytes,
+                      uint32_t* off, uint32_t* x4) {
+  V::template list_columns<GROUP>(q, cols, count, run_bytes, off, x4);
+  const int quads = (count + 3) / 4;
+  for (int i = 0; place && i < 4 * quads; ++i) off[i] = place[std::min(i, count - 1)];
+  return quads;
+}
+
+// Columns cols[0..count) (ascending, 32 readable) of a slab whose runs are run_bytes apart.
+template <class V, int GROUP>
+inline void plan_slab(const int8_t* q, const uint8_t* cols, int count, const uint32_t* place, uint32_t run_bytes,
+                      SlabPlan* plan) {
+  plan->columns = count;
+  plan->quads[0] = plan->quads[1] = 0;
+  int first = count;  // of the first group
+  if (GROUP == 16) {
+    first = 0;
+    for (int i = 0; i < 16; ++i) first += (cols[i] < 16) & (i < count);
   }
-  int n = 0, i = 0;
-  for (int part = 0; part < kSlabCols / group; ++part) {
-    const int start = n;
-    for (; i < count && cols[i] < (part + 1) * group; ++i, ++n) {
-      plan->off[n] = place ? place[i] : cols[i] * run_bytes;
-      reinterpret_cast<int8_t*>(plan->x4)[n] = q[cols[i]];
-    }
-    if (n > start)
-      for (; n % 4; ++n) {
-        plan->off[n] = plan->off[n - 1];
-        reinterpret_cast<int8_t*>(plan->x4)[n] = 0;
-      }
-    plan->quads[part] = (n - start) / 4;
-  }
-  if (group == 32) plan->quads[1] = 0;
-  plan->columns = n;
+  if (first) plan->quads[0] = plan_group<V, GROUP>(q, cols, first, place, run_bytes, plan->off, plan->x4);
+  if (first == count) return;
+  const int at = plan->quads[0];
+  plan->quads[1] = plan_group<V, GROUP>(q, cols + first, count - first, place ? place + first : nullptr, run_bytes,
+                                        plan->off + 4 * at, plan->x4 + at);
 }
 
 template <class V, int BITS>
@@ -250,10 +257,17 @@ int gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns
   const int slabs = w.slabs(), tiles = at.tiles, R = at.R;
   const size_t slab_bytes = w.slab_bytes(R), head = w.slab_head_bytes(R), run_bytes = w.run_bytes(R);
   std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
+  SlabPlan plan;
+  if (!active) plan_all(GROUP, uint32_t(run_bytes), &plan);
   for (int s = 0; s < slabs; ++s) {
-    SlabPlan plan;
-    plan_slab(x.q + s * kSlabCols, active ? active->cols + s * kSlabCols : nullptr, active ? active->count[s] : 0,
-              at.runs ? active->place + s * kSlabCols : nullptr, GROUP, uint32_t(run_bytes), &plan);
+    const int at_cols = s * kSlabCols;
+    const int8_t* q = x.q + at_cols;
+    if (active) {
+      plan_slab<V, GROUP>(q, active->cols + at_cols, active->count[s], at.runs ? active->place + at_cols : nullptr,
+                          uint32_t(run_bytes), &plan);
+    } else {
+      std::memcpy(plan.x4, q, kSlabCols);
+    }
     if (plan.columns == 0) continue;
     ahead.begin(s, tiles);
     const uint8_t* slab = at.panel + size_t(s) * slab_bytes;

@@ -23,11 +23,13 @@ struct BitPositions {
 static constexpr BitPositions kBitPositions;
 
 template <class V>
-int select(const float* x, const float* threshold, int n, int8_t* q, int32_t* sum, uint8_t* cols, uint8_t* count) {
+int select(const float* x, const float* threshold, int stride, int n, int8_t* q, int32_t* sum, uint8_t* cols,
+           uint8_t* count) {
   int total = 0;
-  float tail_x[kSlabCols], tail_t[kSlabCols];
+  float tail_x[kSlabCols], tail_t[kSlabCols], same[kSlabCols];
+  for (float& t : same) t = threshold[0];
   for (int s = 0; s * kSlabCols < n; ++s) {
-    const float *px = x + s * kSlabCols, *pt = threshold + s * kSlabCols;
+    const float *px = x + s * kSlabCols, *pt = stride ? threshold + s * kSlabCols : same;
     const int width = n - s * kSlabCols;
     if (width < kSlabCols) {  // zeros are never kept
       std::memset(tail_x, 0, sizeof tail_x);
@@ -38,7 +40,8 @@ int select(const float* x, const float* threshold, int n, int8_t* q, int32_t* su
       pt = tail_t;
     }
     const uint32_t active = V::mask32(V::above32(px, pt), q + s * kSlabCols, sum + 2 * s);
-    alignas(8) uint8_t list[kSlabCols + 8];
+    // Eight bytes at a time, of which the next eight overwrite what is too much; the last stay within the slab's 32.
+    uint8_t* list = cols + s * kSlabCols;
     int listed = 0;
     for (int b = 0; b < 4; ++b) {
       const uint32_t byte = active >> 8 * b & 255;
@@ -46,7 +49,6 @@ int select(const float* x, const float* threshold, int n, int8_t* q, int32_t* su
       std::memcpy(list + listed, &positions, 8);
       listed += __builtin_popcount(byte);
     }
-    std::memcpy(cols + s * kSlabCols, list, kSlabCols);
     count[s] = uint8_t(listed);
     total += listed;
   }

@@ -20,7 +20,8 @@ from ..packed_header import SITES, read_header
 DENSITIES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.1)
 SCHEMA = 1
 DEFAULT = 0.9
-"""The density above which products run dense where nothing was measured."""
+"""The density above which products of long runs (1 KiB and more) run dense where nothing was measured; of shorter ones it is
+0.7 (`break_even_by_shape` in cpp/model/linear.cc)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class BreakEvenResult:
     densities: list[float]
     shapes: list[ShapeBreakEven]
     break_even: float
-    """The smallest of the shapes': above it a product runs dense."""
+    """The smallest of the shapes'."""
     version: str
     cache: str = ""
     """Where it was kept; empty where it could not be."""
@@ -157,6 +158,27 @@ def known_break_even(fingerprint: str, isa: str, threads: int) -> float | None:
         return None
     value = entry.get("break_even")
     return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1 else None
+
+
+def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, float] | None:
+    """As `known_break_even`, by site: above it the products of that site run dense. Of a site's shapes the smallest counts."""
+    from .. import __version__
+
+    entry = _read(cache_path()).get(_key(fingerprint, isa, threads))
+    if not isinstance(entry, dict) or entry.get("version") != __version__:
+        return None
+    out: dict[str, float] = {}
+    try:
+        for s in entry["shapes"]:
+            value = s["break_even"]
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                return None
+            for site in s["sites"]:
+                if site in SITES:
+                    out[site] = min(float(value), out.get(site, 1.0))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return out or None
 
 
 def known_gains(fingerprint: str, isa: str, threads: int) -> dict[str, tuple[list[float], list[float]]] | None:

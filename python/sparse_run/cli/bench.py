@@ -152,7 +152,7 @@ def break_even_table(r: BreakEvenResult) -> str:
         rows.append(
             f"{'/'.join(s.sites):<6}{kind:<26}" + "".join(f"{g:>7.2f}" for g in s.gain) + f"  {s.break_even:>9.0%}"
         )
-    return "\n".join([head, *rows, f"products of this model run dense above a density of {r.break_even:.0%}"])
+    return "\n".join([head, *rows, "a product runs dense where more of its columns are kept than its break-even"])
 
 
 def _sparse(
