@@ -237,7 +237,7 @@ TEST_CASE("single neurons give the bits of the whole model in memory, for every 
     const RandomPredictor predictor(variant.second);
     std::array<int, sr::kSites> widths{};
     for (int i = 0; i < sr::kSites; i++) widths[size_t(i)] = resident.decoder.site_width(sr::Site(i));
-    sr::SparsityPlan z(variant.second.n_layers, widths, 0, 0.9f), g(variant.second.n_layers, widths, 0, 0.9f);
+    sr::SparsityPlan z(variant.second.n_layers, widths, 0), g(variant.second.n_layers, widths, 0);
     const float threshold = 0.05f;
     for (int l = 0; l < variant.second.n_layers; l++) {
       z.set(l, sr::Site::Z, &threshold, 1);
