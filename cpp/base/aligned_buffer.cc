@@ -79,6 +79,15 @@ void prefer_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+void refuse_huge_pages(void* data, size_t bytes) {
+#if SR_MMAP && defined(MADV_NOHUGEPAGE)
+  madvise(data, bytes, MADV_NOHUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 void discard_pages(void* data, size_t bytes) {
 #if SR_MMAP && defined(MADV_DONTNEED) && defined(__linux__)
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));

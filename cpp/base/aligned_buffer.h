@@ -16,6 +16,14 @@ void free_zeroed(void* data, size_t bytes);
 size_t allocated_bytes();
 // Asks for huge pages, for memory that is used from end to end; a hint, never an error.
 void prefer_huge_pages(void* data, size_t bytes);
+// Takes that back.
+void refuse_huge_pages(void* data, size_t bytes);
+// Whether discard_pages gives memory back.
+#if defined(__linux__)
+constexpr bool kDiscardsPages = true;
+#else
+constexpr bool kDiscardsPages = false;
+#endif
 // Gives the whole pages inside [data, data + bytes) back; they read as zero afterwards where the system can do it. Only
 // for allocate_zeroed memory.
 void discard_pages(void* data, size_t bytes);
@@ -47,6 +55,8 @@ class AlignedBuffer {
   T* data() { return data_; }
   const T* data() const { return data_; }
   size_t size() const { return size_; }
+  size_t bytes() const { return size_ * sizeof(T); }
+  void give_back() { discard_pages(data_, bytes()); }  // see there
   T& operator[](size_t i) { return data_[i]; }
   const T& operator[](size_t i) const { return data_[i]; }
 

@@ -13,11 +13,11 @@
 namespace sr {
 namespace {
 
-// Calls progress with the GIL, at most every 50 ms; its exception, or that of a signal handler, stops the loading and is
-// raised.
+// Calls progress with the GIL, at most every 50 ms; its exception, or that of a signal handler, stops the loading and
+// is raised.
 std::unique_ptr<PyModel> open_model(const std::string& path, int threads, std::optional<bool> mmap, size_t budget,
-                                    int n_ctx, size_t extra_bytes, const py::object& progress, const std::string& device,
-                                    double neuron_share) {
+                                    int n_ctx, size_t extra_bytes, const py::object& progress,
+                                    const std::string& device, double neuron_share, size_t aside_bytes) {
   ModelOptions options;
   options.path = path;
   options.threads = threads;
@@ -27,6 +27,7 @@ std::unique_ptr<PyModel> open_model(const std::string& path, int threads, std::o
   options.n_ctx = n_ctx;
   options.extra_bytes = extra_bytes;
   options.neuron_share = neuron_share;
+  options.aside_bytes = aside_bytes;
   if (budget && mmap) throw Error(ErrorCode::usage, "mmap cannot be chosen together with a memory budget");
   if (n_ctx < 0) throw Error(ErrorCode::usage, "n_ctx must be 0 or more, got " + std::to_string(n_ctx));
   using Clock = std::chrono::steady_clock;
@@ -92,8 +93,17 @@ void bind_model(py::module_& m) {
   py::class_<PyModel>(m, "Model", "A mapped packed model, shared by sessions; owns the thread pool.")
       .def(py::init(&open_model), py::arg("path"), py::arg("threads") = 0, py::arg("mmap") = py::none(),
            py::arg("memory_budget") = 0, py::arg("n_ctx") = 0, py::arg("extra_bytes") = 0,
-           py::arg("progress") = py::none(), py::arg("device") = "cpu", py::arg("neuron_share") = 0.0)
+           py::arg("progress") = py::none(), py::arg("device") = "cpu", py::arg("neuron_share") = 0.0,
+           py::arg("aside_bytes") = 0)
       .def("memory", &memory_dict)
+      .def("set_aside",
+           [](PyModel& self, size_t bytes, bool for_good) {
+             Model model = self.get();
+             py::gil_scoped_release release;
+             model.set_aside(bytes, for_good);
+           },
+           py::arg("bytes"), py::arg("for_good") = false,
+           "Under a memory budget, makes weights give way to what the caller is about to take; 0 ends that.")
       .def_property_readonly("mapped", [](const PyModel& self) { return !self.get().copied(); },
                              "Whether the weights are mapped from the file, not copied into memory.")
       .def_property_readonly("config_json", [](const PyModel& self) { return self.get().config_json(); })

@@ -1,4 +1,5 @@
-// A model within a memory budget: everything that is not weights is counted or measured first, weights take what is left.
+// A model within a memory budget: everything that is not weights is counted or measured first, weights take what is
+// left, and what contexts and prompts do not use yet.
 #include <algorithm>
 #include <cstdio>
 #include <string>
@@ -16,8 +17,8 @@ constexpr int kReaders = 4;
 constexpr size_t kReadUnit = size_t(1) << 20;
 constexpr size_t kHugePage = size_t(2) << 20;
 // What no counter sees: the heap of a running program, stacks, page tables, memory that the kernel holds for us.
-constexpr size_t kReserve = size_t(6) << 20;
-constexpr size_t kReserveShare = 250;  // and this part of the budget
+constexpr size_t kReserve = size_t(3) << 20;
+constexpr size_t kReserveShare = 1000;  // and this part of the budget
 constexpr int kUsualContext = 4096, kContextStep = 256;
 constexpr size_t kContextShare = 8;    // of the budget, at most, for a context that nobody asked for
 constexpr size_t kUnknownProcess = size_t(96) << 20;  // where the system does not tell the resident size
@@ -59,29 +60,36 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
   give_back_freed_memory();  // of the tokenizer's files, mostly
   const size_t now = resident_memory();
   m.process = now ? now : kUnknownProcess;
-  m.working = allocated_bytes() - allocated_before + options.extra_bytes + kReserve + m.budget / kReserveShare;
+  const size_t block = decoder.block_bytes(kMaxBlock);
+  const size_t allocated = allocated_bytes() - allocated_before;
+  m.working = allocated - std::min(allocated, block) + options.extra_bytes + kReserve + m.budget / kReserveShare;
   m.contexts = context_bytes(decoder, m.n_ctx);
-  const size_t fixed = m.process + m.working + m.contexts;
-  const size_t room = m.budget > fixed ? m.budget - fixed : 0;
+  const size_t fixed = m.process + m.working, most = fixed + m.contexts + std::max(block, options.aside_bytes);
+  const size_t room = m.budget > most ? m.budget - most : 0;
   const int slots = plan_neurons(options, room);
-  const ResidencyPlan plan = decoder.plan_residency(room - m.neurons);
-  if (fixed + plan.resident_bytes + plan.ring_bytes > m.budget) {
-    const size_t floor = fixed + plan.resident_bytes + plan.ring_bytes;
+  ResidencyPlan plan = decoder.plan_residency(room - m.neurons);
+  m.floor = most + decoder.plan_residency(0).ring_bytes;
+  if (most + plan.resident_bytes + plan.ring_bytes > m.budget) {
+    const size_t floor = most + plan.resident_bytes + plan.ring_bytes;
     throw Error(ErrorCode::budget,
                 "a memory budget of " + megabytes(m.budget) + " is below this model's floor of " + megabytes(floor) +
-                    " (program and tokenizer " + megabytes(m.process) + ", buffers " + megabytes(m.working) +
+                    " (program and tokenizer " + megabytes(m.process) + ", buffers " +
+                    megabytes(most - m.process - m.contexts) +
                     ", context of " + std::to_string(m.n_ctx) + " tokens " + megabytes(m.contexts) +
                     ", weights read ahead " + megabytes(plan.ring_bytes) + "): use --memory-budget " +
                     budget_text(floor) + " or more" +
                     (m.n_ctx > kContextStep ? ", or a smaller context (--ctx-size)" : ""));
   }
+  if (kDiscardsPages) {
+    const size_t shared = m.budget - fixed - m.neurons;
+    decoder.share_room(shared, m.budget);
+    // Single neurons stand for the FFNs: those would come back for nothing.
+    if (!slots) plan = decoder.plan_residency(shared - context_bytes(decoder, std::min(m.n_ctx, kAttentionChunk)));
+  }
   auto queue = std::make_shared<ReadQueue>(source, kReaders, kReadUnit);
   decoder.load_resident(packed, plan, queue, options.progress);
   const FlashWeights& flash = *decoder.flash();
   open_neurons(options, slots);
-  m.resident = plan.resident_bytes;
-  m.ring = flash.ring_bytes();
-  m.streamed = plan.streamed_bytes;
   m.disk_rate = flash.load_bytes_per_second();
   m.direct = source->direct();
   const ReadStats reads = flash.read_stats();
@@ -102,6 +110,11 @@ MemoryStats Model::Impl::memory() const {
   MemoryStats m = planned;
   const FlashWeights* flash = decoder.flash();
   if (!flash) return m;
+  const FlashWeights::Sizes sizes = flash->sizes();
+  m.contexts = size_t(std::max<int64_t>(decoder.used_for_contexts(), 0));
+  m.resident = sizes.resident;
+  m.ring = sizes.ring;
+  m.streamed = sizes.streamed;
   const ReadStats reads = flash->read_stats();
   const StreamStats stream = flash->stream_stats();
   m.passes = stream.passes;
@@ -136,13 +149,21 @@ Model::Impl::ContextRoom::ContextRoom(Impl* model, int n_ctx) : model_(model) {
       throw Error(ErrorCode::budget,
                   "a context of " + std::to_string(n_ctx) + " tokens takes " + megabytes(size_t(needed)) +
                       ", and the memory budget of " + megabytes(model->planned.budget) + " was divided so that " +
-                      megabytes(size_t(std::max<int64_t>(room, 0))) + " are left for it: load the model with a larger " +
-                      "ctx_size (--ctx-size), or close another session first");
+                      megabytes(size_t(std::max<int64_t>(room, 0))) + " are left for it: load the model with a " +
+                      "larger ctx_size (--ctx-size), or close another session first");
     }
   } while (!model->context_room.compare_exchange_weak(room, room - bytes_));
 }
 
+void Model::Impl::ContextRoom::use(int n) {
+  if (!bytes_) return;
+  const int64_t now = n ? int64_t(context_bytes(model_->decoder, n)) : 0;
+  model_->decoder.use_for_contexts(now - used_);
+  used_ = now;
+}
+
 Model::Impl::ContextRoom::~ContextRoom() {
+  use(0);
   if (bytes_) model_->context_room.fetch_add(bytes_);
 }
 

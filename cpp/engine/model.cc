@@ -93,6 +93,11 @@ int Model::n_embd() const { return impl_->decoder.config().n_embd; }
 int Model::n_ctx_train() const { return impl_->decoder.config().n_ctx_train; }
 size_t Model::weight_bytes() const { return impl_->packed.tensor_bytes(); }
 MemoryStats Model::memory() const { return impl_->memory(); }
+void Model::set_aside(size_t bytes, bool for_good) {
+  if (!impl_->planned.budget) return;
+  if (!bytes) give_back_freed_memory();
+  impl_->decoder.set_aside(bytes, for_good);
+}
 std::string gpu_problem() { return device_problem(); }
 bool Model::copied() const { return impl_->packed.weights().file().in_memory(); }
 size_t Model::bytes_per_token() const { return impl_->decoder.bytes_per_token(); }

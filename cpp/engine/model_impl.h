@@ -19,12 +19,15 @@ struct Model::Impl {
     // Throws Error(budget) where n_ctx tokens do not fit any more.
     ContextRoom(Impl* model, int n_ctx);
     ~ContextRoom();
+    // The context is about to hold n tokens.
+    void use(int n);
     ContextRoom(const ContextRoom&) = delete;
     ContextRoom& operator=(const ContextRoom&) = delete;
 
    private:
     Impl* model_;
-    int64_t bytes_ = 0;
+    int64_t bytes_ = 0;  // that it may come to take
+    int64_t used_ = 0;   // that it takes
   };
 
   explicit Impl(const ModelOptions& options);

@@ -177,6 +177,7 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
     NeuronStatistic* counting = block > 1 ? statistic.get() : nullptr;
     if (counting) counting->begin_block();
     try {
+      room.use(int(tokens.size()) + block);
       whole = !should_stop() && forward(ids + done, block, which, out);
     } catch (...) {
       if (counting) counting->undo_block();
@@ -249,6 +250,7 @@ void Session::truncate(int n) {
   s.has_logits = false;
   if (n == 0) {
     s.cache.clear();
+    s.room.use(0);
     s.most_tokens = 0;
   }
 }
@@ -369,6 +371,7 @@ void Session::run_layer(int layer, int pos, const float* x, int n, float* out, f
     throw Error(ErrorCode::usage, "single layers take 1 to " + std::to_string(kMaxBlock) +
                                       " rows inside the context of " + std::to_string(s.n_ctx));
   }
+  s.room.use(pos + n);
   LayerRun run = {layer, x, out, {}};
   for (int i = 0; taps && i < kTaps; i++) run.taps[i] = taps[i];
   s.model->decoder.run_layer(run, n, pos, &s.cache, s.skipping());

@@ -1,5 +1,5 @@
-// Units are numbered through all passes: unit u of pass p is p * n + u. One may be read as soon as all earlier ones whose
-// place in the ring it takes are released and none of them is still being read.
+// Units are numbered through all passes: unit u of pass p is p * n + u. One may be read as soon as all earlier ones
+// whose place in the ring it takes are released and none of them is still being read.
 #include "flash/weight_stream.h"
 
 #include <algorithm>
@@ -38,7 +38,7 @@ size_t aligned_bytes(const StreamUnit& u) {
 }  // namespace
 
 struct WeightStream::Shared {
-  ReadQueue* queue = nullptr;  // not to be used once given_up: a reader may hold what is here longer than the queue lives
+  ReadQueue* queue = nullptr;  // not to be used once given_up: a reader may keep this longer than the queue lives
   int users = 1;
   AlignedBuffer<uint8_t> memory;
   uint8_t* ring = nullptr;  // aligned inside memory
@@ -57,7 +57,9 @@ struct WeightStream::Shared {
 
   int64_t count() const { return int64_t(units.size()); }
   int64_t base() const { return pass * count(); }
-  bool overlaps(const Unit& a, const Unit& b) const { return a.place < b.place + b.bytes && b.place < a.place + a.bytes; }
+  bool overlaps(const Unit& a, const Unit& b) const {
+    return a.place < b.place + b.bytes && b.place < a.place + a.bytes;
+  }
 };
 
 size_t WeightStream::ring_floor(const std::vector<StreamUnit>& units) {
@@ -66,7 +68,8 @@ size_t WeightStream::ring_floor(const std::vector<StreamUnit>& units) {
   return most;
 }
 
-WeightStream::WeightStream(std::shared_ptr<ReadQueue> queue, std::vector<StreamUnit> units, size_t ring_bytes, int users)
+WeightStream::WeightStream(std::shared_ptr<ReadQueue> queue, std::vector<StreamUnit> units, size_t ring_bytes,
+                           int users)
     : shared_(std::make_shared<Shared>()), queue_(std::move(queue)) {
   Shared& s = *shared_;
   SR_CHECK(!units.empty() && ring_bytes >= ring_floor(units));
@@ -243,6 +246,27 @@ std::string WeightStream::end_pass() {
 }
 
 bool WeightStream::failed() const { return shared_->bad.load(std::memory_order_acquire); }
+
+bool WeightStream::settle(const std::function<bool()>& should_stop) {
+  Shared& s = *shared_;
+  std::unique_lock<std::mutex> lock(s.mutex);
+  s.given_up = true;
+  const auto busy = [&] {
+    return std::any_of(s.units.begin(), s.units.end(), [](const Unit& u) { return u.state == UnitState::loading; });
+  };
+  while (busy()) {
+    s.changed.wait_for(lock, kPollInterval);
+    if (!busy()) break;
+    lock.unlock();
+    const bool stop = should_stop();
+    lock.lock();
+    if (stop && busy()) {
+      s.given_up = false;
+      return false;
+    }
+  }
+  return true;
+}
 
 StreamStats WeightStream::stats() const {
   std::lock_guard<std::mutex> lock(shared_->mutex);

@@ -1,6 +1,6 @@
-// Weights that do not stay in memory, read in the order in which every pass uses them, a little ahead of it, into a ring
-// of memory. The order is the same in every pass, so each piece has its own place in the ring, known from the start, and
-// while one pass ends the first pieces of the next are being read.
+// Weights that do not stay in memory, read in the order in which every pass uses them, a little ahead of it, into a
+// ring of memory. The order is the same in every pass, so each piece has its own place in the ring, known from the
+// start, and while one pass ends the first pieces of the next are being read.
 #pragma once
 
 #include <atomic>
@@ -55,6 +55,9 @@ class WeightStream {
   // No thread may be in await or done.
   std::string end_pass();
   bool failed() const;  // or stopped
+  // Between passes: reads nothing more and waits for what is being read; after that the stream can only be given up.
+  // False: should_stop, asked every 20 ms, said so, and the stream is as it was.
+  bool settle(const std::function<bool()>& should_stop);
 
   StreamStats stats() const;
 

@@ -17,6 +17,7 @@ namespace sr {
 namespace {
 
 constexpr const char* kWorkspace = "the model's working memory";
+constexpr const char* kEndsHere = "; the answer ends here, what was generated before it is sound";
 
 size_t scratch_bytes(const DecoderWeights& w) {
   size_t most = 0;
@@ -137,9 +138,12 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
 bool Decoder::run_pass(const Pass& pass) {
   std::string error;
   if (flash_) {
+    error = make_room(pass);
+    if (error == "cancelled") return false;
+    if (!error.empty()) throw Error(ErrorCode::runtime, error + kEndsHere);
     if (pass.stored) store_->pool().begin_token();
     else flash_->begin_pass();
-    if (fetched_rows_.size() && pass.tokens) {
+    if (fetches_rows() && pass.tokens) {
       error = flash_->fetch_rows(pass.tokens, pass.n, *pass.should_stop, fetched_rows_.data());
     }
   }
@@ -153,7 +157,7 @@ bool Decoder::run_pass(const Pass& pass) {
   if (pass.stored && end.empty()) end = store_->changed();
   if (!end.empty()) error = end;
   if (!error.empty() && error != "cancelled") {
-    throw Error(ErrorCode::runtime, error + "; the answer ends here, what was generated before it is sound");
+    throw Error(ErrorCode::runtime, error + kEndsHere);
   }
   return !leave_ && !stopped;
 }
@@ -161,7 +165,7 @@ bool Decoder::run_pass(const Pass& pass) {
 void Decoder::load_resident(const PackedModel& model, const ResidencyPlan& plan, std::shared_ptr<ReadQueue> queue,
                             const LoadProgress& progress) {
   flash_ = std::make_unique<FlashWeights>(model, &weights_, plan, pool_.size(), std::move(queue), progress);
-  if (!flash_->holds_all_rows()) fetched_rows_.reset(size_t(kMaxBlock) * size_t(config_.n_embd), kWorkspace);
+  fetched_rows_.reset(size_t(kMaxBlock) * size_t(config_.n_embd), kWorkspace);
 }
 
 size_t Decoder::context_bytes(int n_ctx) const {
@@ -172,7 +176,7 @@ size_t Decoder::context_bytes(int n_ctx) const {
 }
 
 void Decoder::embed_row(const Pass& pass, int i, float* x) const {
-  if (!fetched_rows_.size()) return embed_row(pass.tokens[i], pass.pos + i, x);
+  if (!fetches_rows()) return embed_row(pass.tokens[i], pass.pos + i, x);
   const float* from = fetched_rows_.data() + size_t(i) * size_t(config_.n_embd);
   std::copy(from, from + config_.n_embd, x);
   finish_embedding(pass.pos + i, x);

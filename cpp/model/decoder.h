@@ -62,11 +62,24 @@ class Decoder {
   Decoder(const PackedModel& model, int threads);
   ~Decoder();
 
-  // Under a memory budget: what of the weights would stay with so many bytes for them, and making it so. Before this the
-  // weights of a file that is read piece by piece must not be used. Throws as FlashWeights does.
+  // Under a memory budget: what of the weights would stay with so many bytes for them, and making it so. Before this
+  // the weights of a file that is read piece by piece must not be used. Throws as FlashWeights does.
   ResidencyPlan plan_residency(size_t room) const { return FlashWeights::plan(weights_, room); }
   void load_resident(const PackedModel& model, const ResidencyPlan& plan, std::shared_ptr<ReadQueue> queue,
                      const LoadProgress& progress);
+  // From then on weights, what is read ahead, contexts in use and the blocks of a prompt share `room` bytes: before
+  // every pass weights give way to what the pass needs, or come back. budget: what the process may take, as the system
+  // counts.
+  void share_room(size_t room, size_t budget);
+  // The caller is about to take so many bytes of the room himself; weights have given way when this returns, and may
+  // come back with a pass after set_aside(0). for_good: in addition, and they do not come back. Throws Error(runtime)
+  // when the file cannot be read.
+  void set_aside(size_t bytes, bool for_good);
+  // Contexts have come to take so many bytes more, or less.
+  void use_for_contexts(int64_t bytes) { contexts_used_.fetch_add(bytes); }
+  int64_t used_for_contexts() const { return contexts_used_.load(); }
+  // Bytes that a pass of n tokens takes beyond what decoding one does.
+  size_t block_bytes(int n) const;
   const FlashWeights* flash() const { return flash_.get(); }
   // Before load_resident: a store of single neurons, null where the weights do not allow one. Throws as NeuronStore does.
   NeuronStore* make_store(const PackedModel& model, std::shared_ptr<ByteSource> source);
@@ -129,8 +142,13 @@ class Decoder {
   };
 
   bool run_pass(const Pass& pass);
-  // Calls fn(first tile, last) for this thread's tiles of a matrix, as soon as each slice of it is in memory. What is left
-  // out after a failed read makes the pass fail.
+  // Shares the room anew where this pass needs it; returns as FlashWeights::resize does.
+  std::string make_room(const Pass& pass);
+  void give_back_block();
+  std::string fit_room(bool may_grow, const std::function<bool()>& should_stop);
+  bool fetches_rows() const { return flash_ && !flash_->holds_all_rows(); }
+  // Calls fn(first tile, last) for this thread's tiles of a matrix, as soon as each slice of it is in memory. What is
+  // left out after a failed read makes the pass fail.
   template <class Fn>
   void for_share(const Linear& w, int tid, const Pass& pass, Fn fn) {
     if (w.slices.empty()) return fn(w.share[size_t(tid)], w.share[size_t(tid) + 1]);
@@ -247,7 +265,13 @@ class Decoder {
   std::unique_ptr<NeuronStore> store_;   // null: no single neurons are read
   AlignedBuffer<int32_t> wanted_, slots_;  // [n_ff] of the store: a prediction in one list; slots of each thread's share
   AlignedBuffer<uint32_t> place_;          // [n_ff] of the columns that z selects
-  AlignedBuffer<float> fetched_rows_;    // [kMaxBlock, n_embd] embedding rows of the pass, where not all are in memory
+  AlignedBuffer<float> fetched_rows_;    // [kMaxBlock, n_embd] embedding rows of the pass; pages untouched without need
+  size_t shared_room_ = 0, budget_ = 0;  // 0: what is resident stays so
+  size_t room_seen_ = 0;                 // for weights, when it was last looked at
+  int block_rows_ = 0;                   // whose memory is in use
+  size_t aside_ = 0;
+  int passes_unmeasured_ = 0;
+  std::atomic<int64_t> contexts_used_{0};
 
   std::vector<std::unique_ptr<Thread>> thread_;
   std::unique_ptr<Block> block_;

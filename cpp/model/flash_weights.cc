@@ -1,5 +1,5 @@
-// Matrices are cut between panels: a tile is computed from the same bytes by the same kernel wherever it lies, so that the
-// results are those of a model in memory, bit for bit.
+// Matrices are cut between panels: a tile is computed from the same bytes by the same kernel wherever it lies, so that
+// the results are those of a model in memory, bit for bit.
 #include "model/flash_weights.h"
 
 #include <algorithm>
@@ -20,7 +20,7 @@ constexpr auto kPollInterval = std::chrono::milliseconds(20);
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr double kRateSeconds = 0.3;
 
-struct Range {
+struct Bytes {
   size_t begin, end;  // of the file
 };
 
@@ -97,7 +97,7 @@ struct Streamed {
 
 // Neurons of w after the first `resident` grains, in units of at most unit_bytes.
 void cut_rows(NeuronRows* w, int resident, int threads, size_t unit_bytes, const uint8_t* file,
-              std::vector<Range>* stays, std::vector<StreamUnit>* units, std::vector<Streamed>* streamed) {
+              std::vector<Bytes>* stays, std::vector<StreamUnit>* units, std::vector<Streamed>* streamed) {
   const int grains = w->m.neurons / kNeuronGrain;
   const size_t bytes = neuron_grain_bytes(*w), at = size_t(w->m.data - file);
   if (resident > 0) stays->push_back({at, at + size_t(resident) * bytes});
@@ -119,7 +119,7 @@ void cut_rows(NeuronRows* w, int resident, int threads, size_t unit_bytes, const
 
 // Cuts w after its first `resident` grains; what follows is grouped into units of at most unit_bytes.
 void cut(const Matrix& m, int resident, int threads, size_t unit_bytes, const uint8_t* file,
-         std::vector<Range>* stays, std::vector<StreamUnit>* units, std::vector<Streamed>* streamed) {
+         std::vector<Bytes>* stays, std::vector<StreamUnit>* units, std::vector<Streamed>* streamed) {
   const Linear whole = *m.w;
   Linear front = whole;  // the resident parts, for their shares
   front.parts.clear();
@@ -169,16 +169,44 @@ void cut(const Matrix& m, int resident, int threads, size_t unit_bytes, const ui
   }
 }
 
-// Whole blocks that hold all ranges, in ascending order.
-std::vector<Range> merged(std::vector<Range> ranges) {
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+// Whole blocks that hold all of it, in ascending order, as ranges of type Range.
+template <class Range>
+std::vector<Range> merged(std::vector<Bytes> pieces) {
+  std::sort(pieces.begin(), pieces.end(), [](const Bytes& a, const Bytes& b) { return a.begin < b.begin; });
   std::vector<Range> out;
-  for (Range r : ranges) {
-    r = {size_t(align_down(r.begin)), size_t(align_up(r.end))};
+  for (const Bytes& p : pieces) {
+    const Range r = {size_t(align_down(p.begin)), size_t(align_up(p.end))};
     if (!out.empty() && r.begin <= out.back().end) out.back().end = std::max(out.back().end, r.end);
     else out.push_back(r);
   }
   return out;
+}
+
+// What of `from` is not in `without`; both ascending.
+template <class Range>
+std::vector<Range> difference(const std::vector<Range>& from, const std::vector<Range>& without) {
+  std::vector<Range> out;
+  size_t k = 0;
+  for (Range r : from) {
+    while (k < without.size() && without[k].end <= r.begin) k++;
+    for (size_t i = k; i < without.size() && without[i].begin < r.end; i++) {
+      if (without[i].begin > r.begin) out.push_back({r.begin, without[i].begin});
+      r.begin = std::min(r.end, without[i].end);
+    }
+    if (r.begin < r.end) out.push_back(r);
+  }
+  return out;
+}
+
+// Asks for huge pages, or against them, where [begin, end) holds whole ones: a part of one would take memory for what
+// is not resident.
+void advise_huge_pages(uint8_t* begin, uint8_t* end, bool wanted) {
+  const uintptr_t a = reinterpret_cast<uintptr_t>(begin), b = reinterpret_cast<uintptr_t>(end);
+  const uintptr_t first = wanted ? (a + kHugePage - 1) / kHugePage * kHugePage : a;
+  const uintptr_t last = wanted ? b / kHugePage * kHugePage : b;
+  if (last <= first) return;
+  if (wanted) prefer_huge_pages(reinterpret_cast<void*>(first), last - first);
+  else refuse_huge_pages(reinterpret_cast<void*>(first), last - first);
 }
 
 // What a waiting thread and the readers share; readers may outlive the one that waits.
@@ -253,22 +281,67 @@ size_t FlashWeights::room_without_ffn(const DecoderWeights& w) {
 
 FlashWeights::FlashWeights(const PackedModel& model, DecoderWeights* w, const ResidencyPlan& plan, int threads,
                            std::shared_ptr<ReadQueue> queue, const LoadProgress& progress)
-    : queue_(std::move(queue)), plan_(plan), file_(model.weights().file().data()) {
-  const MappedFile& file = model.weights().file();
-  SR_CHECK(file.room(0));
-  embedding_ = w->token_embd;
-  std::vector<Range> stays;
+    : room_(model.weights().file()),
+      weights_(w),
+      threads_(threads),
+      queue_(std::move(queue)),
+      embedding_(w->token_embd),
+      file_(room_.data()) {
+  SR_CHECK(room_.room(0));
+  for (const Matrix& m : matrices(w)) {
+    if (m.rows) whole_rows_.push_back(*m.rows);
+    else whole_.push_back(*m.w);
+  }
+  const Clock::time_point t0 = Clock::now();
+  const std::string error = arrange(plan, [&](size_t done, size_t total) { return progress && progress(done, total); });
+  if (error == "cancelled") throw Error(ErrorCode::cancelled, error);
+  if (!error.empty()) throw Error(ErrorCode::runtime, error);
+  const double seconds = std::chrono::duration<double>(Clock::now() - t0).count();
+  size_t total = 0;
+  for (const Range& r : held_) total += r.end - r.begin;
+  if (progress) progress(total, total);
+  if (total >= (size_t(16) << 20)) load_rate_ = double(total) / seconds;
+  else if (stream_) measure_rate(progress);
+}
+
+std::string FlashWeights::resize(const ResidencyPlan& plan, const std::function<bool()>& should_stop) {
+  if (stream_ && !stream_->settle(should_stop)) return "cancelled";
+  end_stream();
+  return arrange(plan, [&](size_t, size_t) { return should_stop(); });
+}
+
+void FlashWeights::end_stream() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!stream_) return;
+  const StreamStats s = stream_->stats();
+  past_.passes += s.passes;
+  past_.ready += s.ready;
+  past_.waited += s.waited;
+  past_.bytes += s.bytes;
+  past_.wait_seconds += s.wait_seconds;
+  stream_ = nullptr;
+}
+
+// There is no stream, and no pass is running.
+std::string FlashWeights::arrange(const ResidencyPlan& plan, const Waiting& waiting) {
+  usable_ = false;
+  std::vector<Bytes> stays;
   std::vector<StreamUnit> units;
   std::vector<Streamed> streamed;
-  const std::vector<Matrix> all = matrices(w);
-  size_t panel = 0;
+  const std::vector<Matrix> all = matrices(weights_);
+  size_t panel = 0, linear = 0, by_neuron = 0;
+  resident_rows_ = 0;
+  for (const Matrix& m : all) {
+    if (m.rows) *m.rows = whole_rows_[by_neuron++];
+    else *m.w = whole_[linear++];
+  }
   for (size_t i = 0; i < all.size(); i++) {
     const int kept = plan.resident[i];
     if (all[i].rows) {
-      cut_rows(all[i].rows, kept, threads, plan.unit_bytes, file_, &stays, &units, &streamed);
+      cut_rows(all[i].rows, kept, threads_, plan.unit_bytes, file_, &stays, &units, &streamed);
       continue;
     }
-    if (all[i].w == &w->token_embd) {
+    if (all[i].w == &weights_->token_embd) {
       int left = kept;
       for (const PanelMatrix& p : embedding_.parts) {
         const Grain g = grain_of(p, 1);
@@ -280,56 +353,85 @@ FlashWeights::FlashWeights(const PackedModel& model, DecoderWeights* w, const Re
     }
     if (all[i].rank == WeightRank::embedding) {
       // Nothing of it is streamed: cut only to learn what stays.
-      Linear copy = w->token_embd;
+      Linear copy = weights_->token_embd;
       std::vector<StreamUnit> ignored;
       std::vector<Streamed> nothing;
-      cut({&copy, all[i].rank, 0, 1}, kept, threads, plan.unit_bytes, file_, &stays, &ignored, &nothing);
+      cut({&copy, all[i].rank, 0, 1}, kept, threads_, plan.unit_bytes, file_, &stays, &ignored, &nothing);
       continue;
     }
-    cut(all[i], kept, threads, plan.unit_bytes, file_, &stays, &units, &streamed);
+    cut(all[i], kept, threads_, plan.unit_bytes, file_, &stays, &units, &streamed);
   }
-  if (panel) {
-    panel_ = std::make_shared<AlignedBuffer<uint8_t>>(size_t(align_up(panel)) + 3 * kReadAlign, "an embedding row");
+  panel = panel ? size_t(align_up(panel)) + 3 * kReadAlign : 0;
+  if (panel && (!panel_ || panel_->size() < panel)) {
+    panel_ = std::make_shared<AlignedBuffer<uint8_t>>(panel, "an embedding row");
   }
 
-  const std::vector<Range> ranges = merged(stays);
-  size_t total = 0;
-  const Clock::time_point t0 = Clock::now();
+  // Matrices begin at multiples of a block: no block holds anything but one matrix.
+  const std::vector<Range> wanted = merged<Range>(std::move(stays));
+  const std::vector<Range> leave = difference(held_, wanted), missing = difference(wanted, held_);
+  held_ = difference(held_, leave);
+  for (const Range& r : leave) {
+    advise_huge_pages(room_.room(r.begin), room_.room(r.end), false);
+    discard_pages(room_.room(r.begin), r.end - r.begin);
+  }
+  for (const Range& r : wanted) advise_huge_pages(room_.room(r.begin), room_.room(r.end), true);
   auto pending = std::make_shared<Pending>();
-  for (const Range& r : ranges) {
+  size_t total = 0;
+  for (const Range& r : missing) {
     total += r.end - r.begin;
-    // Only whole huge pages inside the range: elsewhere one would take memory for what is not resident.
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(file.room(r.begin)), end = begin + (r.end - r.begin);
-    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-    if (last > first) prefer_huge_pages(reinterpret_cast<void*>(first), last - first);
-    submit(queue_.get(), pending, r.begin, r.end - r.begin, file.room(r.begin), nullptr);
+    submit(queue_.get(), pending, r.begin, r.end - r.begin, room_.room(r.begin), nullptr);
   }
   const int64_t before = queue_->stats().bytes;
-  if (!wait_for(pending.get(), [&] { return progress && progress(size_t(queue_->stats().bytes - before), total); })) {
-    throw Error(ErrorCode::cancelled, "cancelled");
+  // What a stopped or failed read has brought is not counted as held: it is read again.
+  if (!wait_for(pending.get(), [&] { return waiting(size_t(queue_->stats().bytes - before), total); })) {
+    return "cancelled";
   }
-  if (!pending->error.empty()) throw Error(ErrorCode::runtime, pending->error);
-  if (progress) progress(total, total);
-  const double seconds = std::chrono::duration<double>(Clock::now() - t0).count();
-  if (total >= (size_t(16) << 20)) load_rate_ = double(total) / seconds;
+  if (!pending->error.empty()) return pending->error;
+  held_ = wanted;
 
-  if (units.empty()) return;
-  stream_ = std::make_unique<WeightStream>(queue_, units, plan.ring_bytes, threads);
-  if (load_rate_ == 0) measure_rate(int(units.size()), threads, progress);
-  for (const Streamed& s : streamed) {
-    *s.data = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(stream_->address(s.unit)) - s.before);
+  std::unique_ptr<WeightStream> stream;
+  if (!units.empty()) {
+    stream = std::make_unique<WeightStream>(queue_, units, plan.ring_bytes, threads_);
+    for (const Streamed& s : streamed) {
+      *s.data = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(stream->address(s.unit)) - s.before);
+    }
   }
+  units_ = int(units.size());
+  plan_ = plan;
+  std::lock_guard<std::mutex> lock(mutex_);
+  stream_ = std::move(stream);
+  sizes_ = {plan.resident_bytes, plan.streamed_bytes, stream_ ? stream_->ring_bytes() : 0};
+  usable_ = true;
+  return "";
+}
+
+FlashWeights::Sizes FlashWeights::sizes() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return sizes_;
+}
+
+StreamStats FlashWeights::stream_stats() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  StreamStats s = past_;
+  if (!stream_) return s;
+  const StreamStats now = stream_->stats();
+  s.passes += now.passes;
+  s.ready += now.ready;
+  s.waited += now.waited;
+  s.bytes += now.bytes;
+  s.wait_seconds += now.wait_seconds;
+  return s;
 }
 
 // The disk's rate where too little was read to tell: some of the units, as a pass reads them.
-void FlashWeights::measure_rate(int units, int threads, const LoadProgress& progress) {
+void FlashWeights::measure_rate(const LoadProgress& progress) {
   const std::function<bool()> stop = [&] { return progress && progress(0, 0); };
   const Clock::time_point t0 = Clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(Clock::now() - t0).count(); };
   stream_->begin_pass();
-  for (int u = 0; u < units && seconds() < kRateSeconds; u++) {
+  for (int u = 0; u < units_ && seconds() < kRateSeconds; u++) {
     stream_->await(u, &stop);
-    for (int t = 0; t < threads; t++) stream_->done(u);
+    for (int t = 0; t < threads_; t++) stream_->done(u);
   }
   const size_t bytes = size_t(stream_->stats().bytes);
   const std::string error = stream_->end_pass();

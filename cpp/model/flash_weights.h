@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,7 @@
 
 namespace sr {
 
+class MappedFile;
 class PackedModel;
 
 // Bytes done of bytes to do; true: stop.
@@ -32,6 +34,12 @@ class FlashWeights {
   FlashWeights(const PackedModel& model, DecoderWeights* w, const ResidencyPlan& plan, int threads,
                std::shared_ptr<ReadQueue> queue, const LoadProgress& progress);
 
+  // Between passes: as much stays as this plan says. What leaves is given back before anything is read. Returns why
+  // that failed, "cancelled" when should_stop said so, or the empty text; unless it is empty, no pass may run before a
+  // call that is.
+  std::string resize(const ResidencyPlan& plan, const std::function<bool()>& should_stop);
+  bool usable() const { return usable_; }
+
   // A pass over the layers; see WeightStream. Without streamed weights all of it is free.
   void begin_pass();
   bool await(int unit, const std::function<bool()>* should_stop) { return stream_->await(unit, should_stop); }
@@ -45,19 +53,42 @@ class FlashWeights {
   bool holds_all_rows() const { return resident_rows_ == embedding_.rows; }
   std::string fetch_rows(const int32_t* tokens, int n, const std::function<bool()>& should_stop, float* out);
 
+  // The part of the thread that runs the passes.
   const ResidencyPlan& plan() const { return plan_; }
-  size_t ring_bytes() const { return stream_ ? stream_->ring_bytes() : 0; }
   double load_bytes_per_second() const { return load_rate_; }
-  StreamStats stream_stats() const { return stream_ ? stream_->stats() : StreamStats(); }
+
+  // From any thread.
+  struct Sizes {
+    size_t resident = 0, streamed = 0, ring = 0;
+  };
+  Sizes sizes() const;
+  StreamStats stream_stats() const;  // of all streams there have been
   ReadStats read_stats() const { return queue_->stats(); }
 
  private:
-  void measure_rate(int units, int threads, const LoadProgress& progress);
+  struct Range {
+    size_t begin, end;  // of the file, whole blocks
+  };
+  using Waiting = std::function<bool(size_t done, size_t total)>;  // true: stop
+  std::string arrange(const ResidencyPlan& plan, const Waiting& waiting);
+  void end_stream();
+  void measure_rate(const LoadProgress& progress);
   std::string read(uint64_t offset, size_t bytes, uint8_t* to, const std::function<bool()>& should_stop);
 
+  const MappedFile& room_;
+  DecoderWeights* weights_;
+  int threads_;
   std::shared_ptr<ReadQueue> queue_;
   ResidencyPlan plan_;
+  bool usable_ = false;
+  std::vector<Linear> whole_;         // the matrices as if all of the file were in memory, in the order of use
+  std::vector<NeuronRows> whole_rows_;
+  std::vector<Range> held_;           // in memory, ascending
+  int units_ = 0;
   std::unique_ptr<WeightStream> stream_;
+  mutable std::mutex mutex_;          // of what other threads look at: stream_ itself, sizes_, past_
+  Sizes sizes_;
+  StreamStats past_;
   double load_rate_ = 0;
   // The embedding as one matrix, where it would lie if all of the file were in memory.
   Linear embedding_;

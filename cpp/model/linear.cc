@@ -29,6 +29,23 @@ void InputBuffer::reset(int n, int width, const char* what, bool rows) {
   ordered_sum_.reset(stripes * 2 * kRowLanes, what);
 }
 
+size_t InputBuffer::bytes() const {
+  return x_.bytes() + q_.bytes() + scale_.bytes() + sum_.bytes() + cols_.bytes() + count_.bytes() + ordered_q_.bytes() +
+         ordered_scale_.bytes() + ordered_sum_.bytes();
+}
+
+void InputBuffer::give_back() {
+  x_.give_back();
+  q_.give_back();
+  scale_.give_back();
+  sum_.give_back();
+  cols_.give_back();
+  count_.give_back();
+  ordered_q_.give_back();
+  ordered_scale_.give_back();
+  ordered_sum_.give_back();
+}
+
 void InputBuffer::order(int i) {
   const size_t at = size_t(i) * stripes_;
   order_for_rows(input(i).q, width_, ordered_q_.data() + at * kStripeCols, ordered_scale_.data() + at * kRowLanes,

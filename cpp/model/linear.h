@@ -39,6 +39,8 @@ class InputBuffer {
   int kept(int i) const;
   ActiveColumns active(int i) const;
   int width() const { return width_; }
+  size_t bytes() const;   // of all rows
+  void give_back();       // the memory of all rows, which are zeros then
 
  private:
   int width_ = 0, padded_ = 0, stripes_ = 0;

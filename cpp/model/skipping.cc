@@ -151,7 +151,7 @@ void Decoder::tap_neurons(const Pass& pass, int tap, int row, int begin, int cou
 }
 
 void Decoder::embed(const int32_t* tokens, int n, int pos, float* out) {
-  if (!fetched_rows_.size()) {
+  if (!fetches_rows()) {
     for (int i = 0; i < n; i++) embed_row(tokens[i], pos + i, out + size_t(i) * config_.n_embd);
     return;
   }

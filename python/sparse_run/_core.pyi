@@ -102,6 +102,7 @@ class Model:
         progress: Callable[[int, int], object] | None = None,
         device: str = "cpu",
         neuron_share: float = 0.0,
+        aside_bytes: int = 0,
     ) -> None:
         """`mmap`: True maps the weights, False copies them into huge pages (15-30% faster decoding), None copies them
         where that takes at most half of the available memory.
@@ -109,7 +110,8 @@ class Model:
         `memory_budget`: bytes that this whole process may take, 0 = no limit. Weights that do not fit are read in every pass
         (a token, or a block of a prompt), past the page cache, with the same results. `n_ctx`: tokens that all sessions
         together may hold, 0 = what an eighth of the budget holds, from 256 to 4096. `extra_bytes`: what the caller will
-        allocate. `progress(done, total)`: bytes read at the start. Raises BudgetError below the floor and above the machine's
+        allocate. `aside_bytes`: the most that he
+        will `set_aside`. `progress(done, total)`: bytes read at the start. Raises BudgetError below the floor and above the machine's
         memory. `neuron_share`: above 0, set_neurons or set_predictor will say which neurons tokens need, together so large a
         share of all; as many as fit are then held singly, and decoding reads those that are missing, where the model has a file
         of neurons (else memory()["no_neurons"] says why not). The same results.
@@ -120,13 +122,17 @@ class Model:
         """The name of the GPU that runs the model, or "cpu"."""
     def memory(self) -> dict[str, Any]:
         """What a memory budget was divided into, in bytes: {"budget_bytes" (0 without one), "process_bytes", "working_bytes",
-        "context_bytes", "resident_bytes" (weights), "ring_bytes" (weights read ahead), "neuron_bytes" and "neuron_slots" (single
+        "context_bytes" (in use), "resident_bytes" (weights now; contexts and prompts that grow make them fewer), "ring_bytes" (weights read ahead), "neuron_bytes" and "neuron_slots" (single
         neurons held), "no_neurons" (why none are, where they were asked for), "streamed_bytes" (that every pass reads which does
         not work from single neurons), "n_ctx", "disk_bytes_per_s" (measured at the start, 0 = unknown), "direct" (past the page
         cache)}, and what its reads have come to since: {"passes", "read_bytes", "reads", "hits", "misses" (pieces that were there
         when needed, and that were waited for), "neuron_tokens" (passes that worked from single neurons), "neuron_hits",
         "neuron_misses" (neurons that were there when asked for, and that were read), "read_seconds" (disk busy), "wait_seconds"
         (computing waited), "queue_depth" (mean)}."""
+    def set_aside(self, bytes: int, for_good: bool = False) -> None:
+        """Under a memory budget: the caller is about to take so many bytes for a while. Weights have given way when this returns;
+        after `set_aside(0)` they come back as passes run; `for_good`: beside that, and they do not come back. Waits for a running
+        pass. Raises Error when the file cannot be read."""
     @property
     def mapped(self) -> bool:
         """Whether the weights are mapped from the file, not copied into memory."""
@@ -223,7 +229,7 @@ class Session:
     def kv_bytes(self) -> int: ...
     def truncate(self, n: int) -> None:
         """Forgets all but the first `n` cached tokens."""
-    def eval(self, tokens: NDArray[np.int32]) -> None:
+    def eval(self, tokens: NDArray[np.int32] | list[int]) -> None:
         """Appends tokens; logits of the last one are then in `logits()`. Cancellable, also during prefill:
         raises Cancelled and leaves the cache as it was after the last whole block."""
     def eval_all(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

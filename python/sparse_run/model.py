@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,8 +26,13 @@ if TYPE_CHECKING:
     from .sparsity import SparsityFile
     from .template import ChatTemplate
     from .tokenizer import Tokenizer
+    from .tokenizer.lean import LeanTokenizer
 
 DEFAULT_CTX_SIZE = 4096
+NUMPY_BYTES = 24 << 20
+"""More than importing NumPy takes: 13 MB of version 2."""
+SPARE_BYTES = 160 << 20
+"""Where a budget exceeds the weights by this, everything stays in memory, the tokenizer as well."""
 Progress = Callable[[str, int, int], None]
 
 log = logging.getLogger("sparse_run")
@@ -78,11 +84,9 @@ class Model:
         if budget:
             # Before the weights take what is left: all that generating needs counts.
             import jinja2  # noqa: F401
-            import numpy  # noqa: F401
 
-            from .tokenizer import Tokenizer
-
-            self._tokenizer = Tokenizer.load(self.path)
+            self._tokenizer = tokenizer_within(budget, self.path)
+        lean = _lean(self._tokenizer)
         wanted = Needs()
         self._planned: tuple[str, SparsityFile | None, str] | None = None
         if budget:
@@ -98,8 +102,12 @@ class Model:
             extra_bytes=wanted.extra_bytes,
             neuron_share=wanted.neuron_share,
             device=device,
+            aside_bytes=lean.peak_bytes if lean is not None else 0,
             progress=None if progress is None else lambda done, total: progress("loading", done, total),
         )
+        self._within_budget = budget > 0
+        if lean is not None:
+            lean.attach(self._set_aside)
         self.config: dict[str, Any] = json.loads(self._core.config_json)
         self.n_ctx_train = int(self.config["n_ctx_train"])
         usual = self._core.memory()["n_ctx"] if budget else min(self.n_ctx_train, DEFAULT_CTX_SIZE)
@@ -245,6 +253,7 @@ class Model:
         >>> model.set_sparsity(0.4)  # doctest: +SKIP
         """
         from .packed_header import read_header
+        self._prepare_numpy()
         from .skipping import bind
         from .sparsity import choose
 
@@ -394,6 +403,19 @@ class Model:
             raise UsageError("the model is closed; load it again")
         return self._core
 
+    def _set_aside(self, bytes_: int) -> None:
+        if self._core is not None:
+            self._core.set_aside(bytes_)
+
+    def _release_tokenizer(self) -> None:
+        if self._tokenizer is not None:
+            self._tokenizer.release()
+
+    def _prepare_numpy(self) -> None:
+        """Under a memory budget: makes room for NumPy before it is imported, which generating text does without."""
+        if self._within_budget and "numpy" not in sys.modules:
+            self._opened().set_aside(NUMPY_BYTES, for_good=True)
+
     def _with_session(self, start: Callable[[Session], Generation]) -> Generation:
         """Starts in the idle session, so that a prompt that goes on from the last one is cheap; else in a new one."""
         self._opened()
@@ -414,6 +436,27 @@ class Model:
             previous, self._idle = self._idle, session if self._core is not None else None
         if previous is not None and previous is not session:
             previous.close()
+
+
+def tokenizer_within(budget: int, path: Path) -> Tokenizer:
+    """The tokenizer of a model that has to share a budget with it: the small one where not all weights will stay."""
+    from .tokenizer import Tokenizer
+    from .tokenizer.lean import load_lean
+
+    try:
+        weights = (path / "weights.safetensors").stat().st_size
+    except OSError:
+        weights = 0  # the core says what is wrong
+    lean = load_lean(path) if budget < weights + SPARE_BYTES else None
+    return lean if lean is not None else Tokenizer.load(path)
+
+
+def _lean(tokenizer: Tokenizer | None) -> LeanTokenizer | None:
+    if tokenizer is None:
+        return None
+    from .tokenizer.lean import LeanTokenizer
+
+    return tokenizer if isinstance(tokenizer, LeanTokenizer) else None
 
 
 def load(

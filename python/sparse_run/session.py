@@ -164,6 +164,7 @@ class Session:
         """Logits after every one of `ids`, [len(ids), n_vocab]; the cache then holds exactly `ids`. Memory: 4 bytes a value.
 
         Raises ContextLengthError and UsageError as `start` does."""
+        self.model._prepare_numpy()
         import numpy as np
 
         tokens = self._checked(ids)
@@ -234,6 +235,7 @@ class Session:
     def _prefill(self, generation: Generation, prompt: list[int]) -> int:
         """Makes the cache hold exactly `prompt`, with the logits of its last token; returns how many were cached."""
         core = self._current(generation)
+        self.model._release_tokenizer()
         cached = core.tokens
         # The last token is always computed: its logits are wanted.
         limit = min(len(cached), len(prompt) - 1)
@@ -263,12 +265,10 @@ class Session:
         return core
 
     def _eval(self, generation: Generation, tokens: list[int]) -> None:
-        import numpy as np
-
         core = self._opened()
         start = core.n_past
         for attempt in range(3):
-            rest = np.asarray(tokens[core.n_past - start :], dtype=np.int32)
+            rest = tokens[core.n_past - start :]
             try:
                 with self._exclusive(generation):
                     core.eval(rest)

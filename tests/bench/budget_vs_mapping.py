@@ -3,8 +3,9 @@
 
     budget_vs_mapping.py MODEL.gguf --packed PACKED --peer-python PEER --budgets 90 63 45
 
-For every budget, in per cent of the file, both run in a memory cgroup of the budget plus 5% (page cache included), with
-the file's pages dropped before. Beside the speeds stand bytes read per token, the share of the weights that was resident,
+For every budget, in per cent of the file, both run in turns in a memory cgroup of the budget plus 5% (--limit 1.05; page
+cache included), with the file's pages dropped before. With --limit 1 both have exactly the budget, which is stricter than
+what --memory-budget promises. Beside the speeds stand bytes read per token, the share of the weights that was resident,
 and the disk's rate against direct sequential reads of the same file by four readers, taken right before. Needs root, for
 the cgroup; the peer's interpreter needs llama-cpp-python. PACKED should lie on the disk that MODEL lies on.
 The result is one JSON object on standard output, the table goes to standard error.
@@ -67,15 +68,32 @@ def direct_rate(path: Path, seconds: float = 1.5) -> float:
 
 
 def limited(args: argparse.Namespace, budget: int, command: list[str]) -> list[str]:
-    return ["bash", str(args.limit_script), str(int(budget * 1.05)), *command]
+    return ["bash", str(args.limit_script), str(int(budget * args.limit)), *command]
+
+
+def measure_peer(args: argparse.Namespace, budget: int) -> tuple[str, float | None]:
+    """What became of one run of the peer, and its tokens a second."""
+    drop_pages(args.model)
+    small = ["--prompt", str(args.peer_prompt), "--gen", str(args.peer_gen), "--reps", "1"]
+    peer = [args.peer_python, str(args.peer_script), "speed", str(args.model), *small, "--threads", str(args.threads)]
+    try:
+        done = subprocess.run(
+            limited(args, budget, peer), check=False, capture_output=True, text=True, timeout=args.peer_timeout
+        )
+    except subprocess.TimeoutExpired:
+        return f"no result in {args.peer_timeout:.0f} s", None
+    if done.returncode:
+        return f"returned {done.returncode}", None
+    return "ran", float(json.loads(done.stdout.strip().splitlines()[-1])["decode_median"])
 
 
 def measure(args: argparse.Namespace, percent: float, size: int, weights: Path) -> dict[str, Any]:
     budget = int(size * percent / 100)
     sizes = ["--prompt", str(args.prompt), "--gen", str(args.gen), "--reps", "1"]
-    ours, result = [], {"percent": percent, "budget_bytes": budget}
+    ours, peers, result = [], [], {"percent": percent, "budget_bytes": budget, "limit_bytes": int(budget * args.limit)}
+    told = "not asked"
     bench = [sys.executable, "-m", "sparse_run", "bench", "-m", str(args.packed), "--memory-budget", str(budget)]
-    for _ in range(args.runs):
+    for number in range(args.runs):
         drop_pages(weights)
         rate = direct_rate(weights)
         command = limited(args, budget, [*bench, "--threads", str(args.threads), *sizes, "--json", "-q"])
@@ -96,33 +114,19 @@ def measure(args: argparse.Namespace, percent: float, size: int, weights: Path) 
                 "token_hash": run["token_hash"],
             }
         )
+        if args.peer_python and number < args.peer_runs:
+            told, peer_rate = measure_peer(args, budget)
+            if peer_rate is not None:
+                peers.append(peer_rate)
     result["runs"] = ours
     for key in ("decode", "prompt", "read_bytes_per_token", "resident_share", "read_share", "peak_rss_bytes"):
         result[key] = statistics.median(run[key] for run in ours)
     if result["peak_rss_bytes"] > budget:
         raise RunFailed(f"at {percent}% the process took {result['peak_rss_bytes']} bytes, the budget is {budget}")
 
-    result["peer_decode"] = result["ratio"] = None
-    if args.peer_python:
-        drop_pages(args.model)
-        small = ["--prompt", str(args.peer_prompt), "--gen", str(args.peer_gen), "--reps", "1"]
-        peer = [args.peer_python, str(args.peer_script), "speed", str(args.model), *small]
-        try:
-            done = subprocess.run(
-                limited(args, budget, [*peer, "--threads", str(args.threads)]),
-                check=False,
-                capture_output=True,
-                text=True,
-                timeout=args.peer_timeout,
-            )
-            result["peer"] = "ran" if done.returncode == 0 else f"returned {done.returncode}"
-            if done.returncode == 0:
-                result["peer_decode"] = json.loads(done.stdout.strip().splitlines()[-1])["decode_median"]
-                result["ratio"] = result["decode"] / result["peer_decode"]
-        except subprocess.TimeoutExpired:
-            result["peer"] = f"no result in {args.peer_timeout} s"
-    else:
-        result["peer"] = "not asked"
+    result["peer"], result["peer_runs"] = told, peers
+    result["peer_decode"] = statistics.median(peers) if peers else None
+    result["ratio"] = result["decode"] / result["peer_decode"] if peers else None
     versus = f"{result['peer_decode']:.3f} ({result['ratio']:.1f}x)" if result["ratio"] else result["peer"]
     say(
         f"{percent:>5.0f}% {budget / 1e6:>7.0f} MB  {result['decode']:>7.2f} tok/s  llama.cpp {versus:<22} "
@@ -145,6 +149,8 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--gen", type=int, default=12)
     parser.add_argument("--runs", type=int, default=3, help="of this engine; medians count")
+    parser.add_argument("--limit", type=float, default=1.05, help="hard limit of both, as a multiple of the budget")
+    parser.add_argument("--peer-runs", type=int, default=3, help="of these runs, followed by one of the peer each")
     parser.add_argument("--peer-prompt", type=int, default=2)
     parser.add_argument("--peer-gen", type=int, default=2, help="few: a token may take the peer half a minute")
     parser.add_argument("--peer-timeout", type=float, default=600)

@@ -1,5 +1,5 @@
-// Models under a memory budget: the same bits as in memory for any part of the weights on flash, and clear errors, never a
-// wrong token, when the file or the disk goes wrong.
+// Models under a memory budget: the same bits as in memory for any part of the weights on flash, and clear errors,
+// never a wrong token, when the file or the disk goes wrong.
 #include <sys/stat.h>
 
 #include <cstdlib>
@@ -112,7 +112,7 @@ sr::ModelOptions with_budget(const std::string& path, size_t budget, int threads
 struct Streamed {
   Streamed() : tiny([] {
                  TinySpec s = larger();
-                 s.n_layers = 12;
+                 s.n_layers = 24;
                  s.n_embd = 256;
                  s.n_ff = 1024;
                  return s;
@@ -120,7 +120,7 @@ struct Streamed {
   size_t budget() const {
     const sr::Model all(with_budget(tiny.path(), size_t(2) << 30));
     const sr::MemoryStats m = all.memory();
-    return m.process + m.working + m.contexts - (size_t(2) << 30) / 250 + m.resident / 2 + (size_t(1) << 20);
+    return m.floor - (size_t(2) << 30) / 1000 + (size_t(1) << 20);  // more while contexts are short
   }
   TinyModel tiny;
 };
@@ -135,6 +135,8 @@ std::vector<int32_t> greedy(sr::Session& s, const std::vector<int32_t>& prompt, 
   for (int i = 0; i < n; i++) out.push_back(s.step(&sampler));
   return out;
 }
+
+size_t taken(const sr::MemoryStats& m) { return m.process + m.working + m.contexts + m.resident + m.ring; }
 
 // Wraps every source that is opened while it lives.
 struct Faults {
@@ -202,6 +204,89 @@ TEST_CASE("a budget is divided without a gap, and refused below its floor with t
   CHECK(sr::Model(with_budget(model.tiny.path(), floor)).memory().budget == floor);
   CHECK(code_of([&] { sr::Model(with_budget(model.tiny.path(), size_t(1) << 60)); }, &text) == ErrorCode::budget);
   CHECK(text.find("more than the") != std::string::npos);
+}
+
+TEST_CASE("what contexts and prompts do not use yet holds weights, which give way and come back, with the same bits") {
+  const Streamed model;
+  const auto prompt = some_tokens(250, 1000);
+  sr::ModelOptions o;
+  o.path = model.tiny.path();
+  o.threads = 2;
+  const sr::Model whole(o);
+  sr::Session reference(whole, 300);
+  const std::vector<int32_t> expected = greedy(reference, prompt, 30);
+  sr::ModelOptions options = with_budget(model.tiny.path(), model.budget() + (size_t(2) << 20));
+  options.n_ctx = 300;
+  const sr::Model opened(options);
+  const size_t at_first = opened.memory().resident;
+  CHECK(opened.memory().streamed > 0);
+  sr::Session s(opened, 300);
+  CHECK_EQ(opened.memory().contexts, size_t(0));
+  for (int round = 0; round < 2; round++) {
+    s.truncate(0);
+    s.eval(prompt.data(), 250);
+    const sr::MemoryStats filled = opened.memory();
+    CHECK(filled.contexts > 0);
+    CHECK(filled.resident < at_first);
+    CHECK(taken(filled) <= filled.budget);
+    CHECK(greedy(s, prompt, 30) == expected);
+    const sr::MemoryStats decoding = opened.memory();
+    CHECK(decoding.resident > filled.resident);  // the memory of the prompt's block
+    CHECK(taken(decoding) <= decoding.budget);
+    s.truncate(0);
+    CHECK_EQ(opened.memory().contexts, size_t(0));
+    const int32_t one = 7;
+    s.eval(&one, 1);
+    CHECK(opened.memory().resident > decoding.resident);
+  }
+}
+
+TEST_CASE("what a caller sets aside leaves the weights and comes back to them, unless it is for good") {
+  const Streamed model;
+  const auto prompt = some_tokens(20, 1000);
+  sr::Model opened(with_budget(model.tiny.path(), model.budget() + (size_t(2) << 20)));
+  sr::Session s(opened, 256);
+  const auto expected = greedy(s, prompt, 6);
+  const sr::MemoryStats before = opened.memory();
+  const size_t bytes = size_t(2) << 20;
+  CHECK(before.resident > 2 * bytes);
+  opened.set_aside(bytes);
+  const sr::MemoryStats during = opened.memory();
+  CHECK(taken(during) + bytes <= during.budget);
+  CHECK(during.resident + bytes / 2 <= before.resident);
+  CHECK(greedy(s, prompt, 6) == expected);
+  CHECK(taken(opened.memory()) + bytes <= during.budget);
+  opened.set_aside(0);
+  CHECK(greedy(s, prompt, 6) == expected);
+  CHECK(opened.memory().resident + bytes / 4 >= before.resident);
+  opened.set_aside(bytes, true);
+  opened.set_aside(0);
+  CHECK(greedy(s, prompt, 6) == expected);
+  CHECK(taken(opened.memory()) + bytes <= during.budget);
+}
+
+TEST_CASE("an error while weights come back ends the pass, and the next one works") {
+  const Streamed model;
+  const auto prompt = some_tokens(200, 1000);
+  const size_t budget = model.budget();
+  Faults faults;
+  sr::Model opened(with_budget(model.tiny.path(), budget));
+  sr::Session s(opened, 256);
+  const auto expected = greedy(s, prompt, 8);
+  for (int round = 0; round < 3; round++) {
+    s.truncate(0);
+    s.eval(prompt.data(), int(prompt.size()));
+    sr::SamplerOptions greedily;
+    greedily.temperature = 0;
+    sr::Sampler sampler(greedily);
+    faults.last->fail_with = EIO;
+    std::string text;
+    CHECK(code_of([&] { s.step(&sampler); }, &text) == ErrorCode::runtime);
+    CHECK(text.find("cannot read") == 0);
+    CHECK_EQ(s.n_past(), int(prompt.size()));
+    faults.last->fail_with = 0;
+    CHECK(greedy(s, prompt, 8) == expected);
+  }
 }
 
 TEST_CASE("contexts beyond the budget are refused, and those that are closed make room") {

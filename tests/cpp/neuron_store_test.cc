@@ -160,7 +160,7 @@ struct Model {
   size_t budget(double share) const {
     sr::Model(options(size_t(2) << 30, share));  // what it leaves behind in the heap is there from now on
     const sr::MemoryStats m = sr::Model(options(size_t(2) << 30, share)).memory();
-    return m.process + m.working + m.contexts - (size_t(2) << 30) / 250 + m.resident / 2 + m.neurons + (size_t(1) << 20);
+    return m.floor - (size_t(2) << 30) / 1000 + m.resident / 2 + m.neurons + (size_t(1) << 20);
   }
   TinySpec spec;
   TinyModel tiny;

@@ -21,8 +21,8 @@ struct ModelOptions {
   int threads = 0;   // 1..1024; 0 = physical cores that affinity and cgroup allow
   WeightMemory memory = WeightMemory::automatic;
   std::string device = "cpu";  // "cpu", "cuda", or "auto": the GPU where there is one that the model fits
-  // Bytes that the whole process may take, 0 = no limit: what of the weights does not fit is read from the file in every
-  // pass, past the page cache, with the same results. Includes contexts of n_ctx tokens in all, and extra_bytes.
+  // Bytes that the whole process may take, 0 = no limit: what of the weights does not fit is read from the file in
+  // every pass, past the page cache, with the same results. Includes contexts of n_ctx tokens in all, and extra_bytes.
   size_t memory_budget = 0;
   int n_ctx = 0;              // only with a budget; 0 = what an eighth of it holds, 256..4096 and what the model knows
   size_t extra_bytes = 0;     // only with a budget: what the caller will allocate himself
@@ -30,6 +30,7 @@ struct ModelOptions {
   // will say which. Above 0, as many single neurons as fit stay in memory, and decoding reads no others than are missing
   // (where the model has a file of neurons: sparse-run convert --order). Prompts read the FFNs whole.
   double neuron_share = 0;
+  size_t aside_bytes = 0;     // and the most that he will set aside while nothing is computed
   // Bytes of weights read of those to read at the start; true stops it with Error(cancelled). From the calling thread.
   std::function<bool(size_t done, size_t total)> progress = nullptr;
 };
@@ -38,9 +39,10 @@ struct ModelOptions {
 struct MemoryStats {
   size_t budget = 0;           // 0: opened without one, and all else is 0 too
   size_t process = 0;          // at the start: program, interpreter, tokenizer, vectors
-  size_t working = 0;          // buffers of the forward pass, what is added by extra_bytes and what is kept free
-  size_t contexts = 0;         // keys, values and logits of n_ctx tokens
-  size_t resident = 0;         // weights in memory
+  size_t working = 0;          // buffers of decoding, what is added by extra_bytes and what is kept free
+  size_t contexts = 0;         // keys, values and logits of the tokens that contexts hold now
+  size_t floor = 0;            // the smallest budget: contexts of n_ctx tokens, a whole block, no weight resident
+  size_t resident = 0;         // weights in memory now; those that contexts and prompts do not leave room for are not
   size_t ring = 0;             // weights that are read ahead
   size_t neurons = 0;          // single neurons, their tables included
   int64_t neuron_slots = 0;    // how many
@@ -114,6 +116,10 @@ class Model {
   size_t weight_bytes() const;     // of all tensors
   size_t bytes_per_token() const;  // that one decoded token reads
   MemoryStats memory() const;
+  // Under a budget: the caller is about to take so many bytes for a while; weights have given way when this returns.
+  // With 0 they may come back. for_good: beside that, and for as long as the model lives. Waits for a pass that is
+  // running. Throws Error(runtime) when the file cannot be read.
+  void set_aside(size_t bytes, bool for_good = false);
   bool copied() const;             // weights lie in huge pages, not in a mapping of the file
 
  private:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Error, UsageError
+from ..model import NUMPY_BYTES, tokenizer_within
 from .memory import major_faults, peak_rss_bytes, reset_peak_rss
 
 WARM_UP = 16
@@ -87,8 +90,6 @@ def bench(
     >>> bench("packed/", threads=2, reps=1).decode_median  # doctest: +SKIP
     123.4
     """
-    import numpy as np
-
     from .. import _core
 
     for name, value in (("prompt", prompt), ("gen", gen), ("reps", reps)):
@@ -110,15 +111,21 @@ def bench(
     start = time.perf_counter()
     n_ctx = prompt + gen * reps + 64
     # A budget covers what a conversation needs besides weights; none of it is used here.
-    tokenizer = _tokenizer(path) if memory_budget else None
+    held = _held_while_generating(memory_budget, Path(path)) if memory_budget else None
+    given = _tokens_of_another_process(prompt, Path(path)) if memory_budget else None
     model = _core.Model(
-        str(path), threads or 0, memory_budget=memory_budget or 0, n_ctx=n_ctx if memory_budget else 0, device=device
+        str(path),
+        threads or 0,
+        memory_budget=memory_budget or 0,
+        n_ctx=n_ctx if memory_budget else 0,
+        device=device,
+        aside_bytes=getattr(held, "peak_bytes", 0),
     )
     used_device = model.device
     try:
         load_seconds = time.perf_counter() - start
         config = json.loads(model.config_json)
-        ids = random_tokens(prompt, int(config["n_vocab"]))
+        ids = given or random_tokens(prompt, int(config["n_vocab"]))
         warm = ids[:WARM_UP]
         session = _core.Session(model, n_ctx)
         session.eval(warm)
@@ -143,6 +150,10 @@ def bench(
         memory = decoding_memory(before, model.memory()) if memory_budget else None
         peak, faults, kv_bytes = peak_rss_bytes(), major_faults() - faults, session.kv_bytes
 
+        if memory_budget:
+            model.set_aside(NUMPY_BYTES, for_good=True)
+        import numpy as np
+
         if not np.isfinite(session.logits()).all():
             raise Error(
                 f"{path}: the model's logits are not finite numbers; convert it again with `sparse-run convert`"
@@ -154,7 +165,7 @@ def bench(
         megabytes = max(16, min(512, (memory_budget or 2**34) // 8_000_000))
         used_threads, isa, weight_bytes, token_bytes = model.threads, model.isa, model.weight_bytes, model.bytes_per_token
         if memory_budget:
-            del session, tokenizer
+            del session, held
             model.close()
         stream = statistics.median(_core.stream_gb_per_s(used_threads, megabytes))
         tick("done")
@@ -200,12 +211,25 @@ def decoding_memory(before: dict[str, Any], after: dict[str, Any]) -> dict[str, 
     return summary({**after, **{key: after[key] - before[key] for key in COUNTERS}})
 
 
-def _tokenizer(path: str | Path) -> object:
+def _held_while_generating(memory_budget: int, path: Path) -> object:
+    """What `sparse-run generate` keeps in memory besides the model."""
     import jinja2  # noqa: F401
 
-    from ..tokenizer import Tokenizer
+    return tokenizer_within(memory_budget, path)
 
-    return Tokenizer.load(Path(path))
+
+def _tokens_of_another_process(count: int, path: Path) -> list[int]:
+    """`random_tokens` without NumPy in this process, which generating text does without."""
+    n_vocab = int(json.loads((path / "config.json").read_text("utf-8"))["n_vocab"])
+    code = (
+        "import sys; from sparse_run.bench.speed import random_tokens; print(*random_tokens(*map(int, sys.argv[1:])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(count), str(n_vocab)], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise Error(f"no random tokens: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'a process failed'}")
+    return [int(word) for word in done.stdout.split()]
 
 
 def random_tokens(count: int, n_vocab: int) -> Any:

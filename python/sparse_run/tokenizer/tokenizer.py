@@ -21,7 +21,9 @@ CONFIG_FILE, JSON_FILE, SENTENCEPIECE_FILE = "tokenizer_config.json", "tokenizer
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
-class _Backend(Protocol):
+class Backend(Protocol):
+    """What a tokenizer is made of."""
+
     n_vocab: int
 
     def encode(self, text: str, parse_special: bool) -> list[int]: ...
@@ -41,7 +43,7 @@ class Tokenizer:
     'Hello world'
     """
 
-    def __init__(self, backend: _Backend, config: dict[str, Any]) -> None:
+    def __init__(self, backend: Backend, config: dict[str, Any]) -> None:
         """Use `Tokenizer.load`."""
         self._backend = backend
         self._config = config
@@ -51,9 +53,9 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """Loads the tokenizer of a packed model. Raises ModelError where it is missing or damaged."""
         folder = Path(directory)
-        config = _read_config(folder / CONFIG_FILE)
+        config = read_config(folder / CONFIG_FILE)
         if (folder / JSON_FILE).is_file():
-            return cls(_JsonBackend(folder / JSON_FILE), config)
+            return cls(JsonBackend(folder / JSON_FILE), config)
         if (folder / SENTENCEPIECE_FILE).is_file():
             return cls(_SentencePieceBackend(folder / SENTENCEPIECE_FILE, config), config)
         raise ModelError(
@@ -112,6 +114,9 @@ class Tokenizer:
         """A decoder for tokens that come one by one."""
         return TokenStream(self, skip_special=skip_special, strip_space=strip_space)
 
+    def release(self) -> None:
+        """Gives back memory that only cutting text into ids needs, where that is a part of its own (`lean`)."""
+
     def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         """The bytes that one token stands for; none for control tokens (unless asked) and for ids that do not exist."""
         piece = self._pieces.get(token)
@@ -134,7 +139,8 @@ class Tokenizer:
         return "" if token is None else self.token_bytes(token, skip_special=False).decode("utf-8", errors="replace")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`; ModelError where it is missing or damaged."""
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -165,7 +171,7 @@ def byte_alphabet() -> dict[str, int]:
     return {**{chr(byte): byte for byte in printable}, **{chr(0x100 + i): byte for i, byte in enumerate(others)}}
 
 
-class _JsonBackend:
+class JsonBackend:
     """`tokenizer.json`: byte-level BPE, or BPE over characters with U+2581 for a space and tokens for single bytes."""
 
     def __init__(self, path: Path) -> None:
