@@ -261,8 +261,7 @@ class Fit(calibration.Calibration):
                 densities, gains = measured[site]
                 share = timed.saved(np.asarray(densities), 1 / np.asarray(gains), grid)
             gain[:, k] = self.weights[:, k, None] * share
-        out = timed.allocate(cost, gain / max(1.0, float(self.weights.max())), self.weights, grid, target)
-        return out
+        return timed.allocate(cost, gain, self.weights, grid, target)
 
     def _measured(self) -> dict[str, tuple[list[float], list[float]]] | None:
         from ...bench.breakeven import known_gains
@@ -286,21 +285,25 @@ class Fit(calibration.Calibration):
         elif allocation == "global":
             anchor = min(ANCHORS, key=lambda a: abs(math.log(a / target)))
             moved = self._greedy_levels(target) * self.factors(anchor)
-            out = shape.worthwhile(moved, self.weights, target, self.floor(), allocate.MAX_LEVEL)
+            out = shape.worthwhile(moved, self.weights, target, self.floors(), allocate.MAX_LEVEL)
         else:
             raise UsageError(f"allocation is {allocation!r}; it must be one of {', '.join(self.ALLOCATIONS)}")
         return np.where(out < MIN_LEVEL, np.nan, out)
 
-    def floor(self) -> float:
-        """The lowest level that is worth skipping on this machine: above the density where products run dense
-        (`sparse-run bench --breakeven`) a mask costs quality and brings nothing."""
-        from ...bench.breakeven import DEFAULT, known_break_even
+    def floors(self) -> NDArray[np.float64]:
+        """By site, the lowest level that is worth skipping on this machine: above the density from which its products run
+        dense (`sparse-run bench --breakeven`) a mask costs quality and brings nothing."""
+        import numpy as np
 
-        known = known_break_even(self.header.fingerprint, self.model.isa, self.model.threads)
-        return min(MOST_FLOOR, max(MIN_LEVEL, 1 - (DEFAULT if known is None else known)))
+        from ...bench.breakeven import DEFAULT, crossing
+
+        measured = self._measured() or {}
+        ends = [crossing(*measured[site]) if site in measured else DEFAULT for site in SITES]
+        out: NDArray[np.float64] = np.clip(1 - np.asarray(ends), MIN_LEVEL, MOST_FLOOR)
+        return out
 
     def notes(self, allocation: str) -> dict[str, Any]:
-        return {"lowest_level": round(self.floor(), 4)} if allocation == "global" else {}
+        return {"lowest_levels": self.floors().round(4).tolist()} if allocation == "global" else {}
 
     def thresholds_at(
         self, allocation: str, target: float

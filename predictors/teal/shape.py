@@ -67,20 +67,29 @@ def rescaled(
 
 
 def worthwhile(
-    levels: NDArray[np.float64], weights: NDArray[np.float64], target: float, floor: float, top: float
+    levels: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    target: float,
+    floors: NDArray[np.float64],
+    top: float,
 ) -> NDArray[np.float64]:
-    """As `rescaled`, with no level between 0 and `floor`: such a product runs dense on the machine, so that masking its input
-    would cost quality for nothing. The lowest levels go first, and what they would have skipped goes to the others; where
-    those cannot reach the target, levels stay as they are."""
+    """As `rescaled`, without the sites whose levels are below the site's floor on average: such products run dense on the
+    machine, so that masking their inputs would cost quality for nothing. The site furthest below its floor goes first, and
+    what it would have skipped goes to the others; where those cannot reach the target, levels stay as they are.
+
+    Whole sites, never single layers: levels that differ from layer to layer by whether they are above a floor cost ten times
+    the divergence. floors: [sites]."""
     import numpy as np
 
     shape = np.where(weights > 0, levels, 0.0)
     while True:
         out = rescaled(shape, weights, target, top)
-        low = np.flatnonzero((out > 0) & (out < floor))
+        held = weights.sum(0)
+        mean = (out * weights).sum(0) / np.maximum(held, 1e-30)
+        short = np.where((mean > 0) & (held > 0), floors - mean, 0.0)
         rest = shape.copy()
-        rest.flat[low[np.argsort(out.flat[low])][: max(1, len(low) // 10)]] = 0
-        if not len(low) or (np.where(rest > 0, top, 0.0) * weights).sum() < target * weights.sum():
+        rest[:, int(short.argmax())] = 0
+        if short.max() <= 0 or (np.where(rest > 0, top, 0.0) * weights).sum() < target * weights.sum():
             return out
         shape = rest
 

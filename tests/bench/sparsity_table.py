@@ -8,9 +8,10 @@ figures from another: perplexity with the standard error of its increase (paired
 bytes; with --choice accuracies; with --speed decoding rates, dense and sparse in turns. Methods are the folders of
 predictors/; each is measured in the layout that it needs, and one that a model does not allow is left out, and said so.
 
-All rows of a layout share one dense pass, chunk after chunk. What was measured is kept in measured/.work, by the thresholds
-that it was measured with: the command may be stopped and started at will (--for SECONDS stops it by itself), goes on with more
-chunks or rows, and gives a table of the chunks that all rows have. Quality does not depend on the machine's load.
+All rows of a layout share one dense pass, chunk after chunk. Conversions and what was measured are kept in measured/.work, the
+latter by the thresholds that it was measured with: the command may be stopped and started at will (--for SECONDS stops it by
+itself), goes on with more chunks or rows, and gives a table of the chunks that all rows have. Quality does not depend on the
+machine's load.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from numpy.typing import NDArray
 from sparse_run import _core, registry, sparsity
 from sparse_run.bench.sparse import bench_sparse
 from sparse_run.cli.common import Work
+from sparse_run.convert import convert
+from sparse_run.convert.layout import LayoutChoice
 from sparse_run.errors import UsageError
 from sparse_run.eval.choice import read_questions, score
 from sparse_run.eval.perplexity import cut_chunks
@@ -122,14 +125,20 @@ def main() -> None:
     (out / "RESULTS.md").write_text(markdown(tables), "utf-8")
 
 
+def slug_of(source: Path) -> str:
+    return source.name.removesuffix(".gguf")
+
+
 class Layout:
     """A model in one layout of its FFN, and the calibrations of the methods that want this layout."""
 
-    def __init__(self, args: argparse.Namespace, source: Path, name: str) -> None:
+    def __init__(self, args: argparse.Namespace, source: Path, name: LayoutChoice, store: Path) -> None:
         self.args, self.name = args, name
         self.other: Layout | None = None
         """The same weights in another layout, which make the same text."""
-        self.path = registry.packed_for(source, layout=name)
+        self.path = store / f"{slug_of(source)}.{name}"
+        if not (self.path / "weights.safetensors").is_file():
+            convert(source, self.path, layout=name, existing="overwrite")
         self.header = sparsity.read_header(self.path)
         self.tokenizer = Tokenizer.load(self.path)
         self.fits: dict[tuple[str, str | None], Calibration] = {}
@@ -159,14 +168,15 @@ class Table:
     def __init__(self, args: argparse.Namespace, source: str, stop: float) -> None:
         self.args, self.stop = args, stop
         path = registry.find(source)
-        self.layouts = {name: Layout(args, path, name) for name in ("panels", "neurons")}
+        self.store = Path(args.out) / ".work"
+        self.store.mkdir(parents=True, exist_ok=True)
+        names: tuple[LayoutChoice, ...] = ("panels", "neurons")
+        self.layouts: dict[str, Layout] = {name: Layout(args, path, name, self.store) for name in names}
         first = self.layouts["panels"]
         self.layouts["neurons"].other = first
         self.model = str(first.header.config.get("name") or path.name)
-        self.slug = path.name.removesuffix(".gguf")
+        self.slug = slug_of(path)
         self.path = Path(args.out) / f"{self.slug}.json"
-        self.store = Path(args.out) / ".work"
-        self.store.mkdir(parents=True, exist_ok=True)
         text = Path(args.text).read_text("utf-8")[: args.chunks * CTX * 12]
         ids = first.tokenizer.encode(text, parse_special=False)
         bos = first.tokenizer.bos_id if first.tokenizer.add_bos else None
