@@ -63,6 +63,8 @@ struct NeuronPool::Shared {
   int64_t step = 0;
   std::deque<std::pair<int32_t, int64_t>> read_now;  // slots that this token has filled, and for which request
   std::vector<int> loading;       // slots of each layer
+  std::vector<uint8_t> missing;   // [2, neurons] of the last request for a layer of an even, of an odd number
+  std::vector<int32_t> flagged[2];
   std::deque<Run> runs;
   AlignedBuffer<uint8_t> memory;
   std::vector<uint8_t*> chunks;  // free ones
@@ -238,6 +240,8 @@ NeuronPool::NeuronPool(std::shared_ptr<ReadQueue> queue, const Shape& shape, int
   slot_of_ = s.slot_of.data();
   for (int i = slots; i-- > 0;) s.vacant.push_back(i);
   s.loading.assign(size_t(shape.layers), 0);
+  s.missing.assign(2 * size_t(shape.neurons), 0);
+  missing_ = s.missing.data();
   s.chunk = chunk_bytes(shape.bytes);
   s.memory.reset(s.chunk * kReads + kReadAlign, "neurons that are being read");
   uint8_t* at = reinterpret_cast<uint8_t*>(align_up(reinterpret_cast<uintptr_t>(s.memory.data())));
@@ -311,12 +315,19 @@ void NeuronPool::request(int layer, const int32_t* ids, int n, ReadPriority prio
   s.step++;
   const size_t base = size_t(layer) * size_t(s.shape.neurons);
   std::vector<Wanted> wanted;
+  uint8_t* missing = s.missing.data() + size_t(layer % 2) * size_t(s.shape.neurons);
+  std::vector<int32_t>& flagged = s.flagged[layer % 2];
+  for (int32_t id : flagged) missing[id] = 0;
+  flagged.clear();
   // What is there is held before anything is taken.
   for (int i = 0; i < n; i++) {
     const int id = ids ? ids[i] : i;
     const int32_t slot = s.slot_of[base + size_t(id)];
     if (slot >= 0) s.use(slot);
     else wanted.push_back({uint32_t(id), 0});
+    if (slot >= 0 && s.slots[size_t(slot)].state == SlotState::loaded) continue;
+    missing[id] = 1;
+    flagged.push_back(id);
   }
   s.stats.hits += n - int64_t(wanted.size());
   s.stats.misses += int64_t(wanted.size());

@@ -52,6 +52,10 @@ class NeuronPool {
   // on its way when request returns. What the last two requests asked for stays.
   void begin_token();
   void request(int layer, const int32_t* ids, int n, ReadPriority priority);
+  // Whether a neuron that was requested was not in memory then.
+  bool missing(int layer, int neuron) const {
+    return missing_[size_t(layer % 2) * size_t(neurons_) + size_t(neuron)] != 0;
+  }
   // From every thread: waits until what was requested for the layer is in memory; false: a read has failed, or should_stop
   // (or null) said so, and nothing of this token is of use.
   bool await(int layer, const std::function<bool()>* should_stop);
@@ -68,6 +72,7 @@ class NeuronPool {
   std::shared_ptr<ReadQueue> queue_;
   int neurons_;
   const int32_t* slot_of_;
+  const uint8_t* missing_;
 };
 
 }  // namespace sr

@@ -139,6 +139,7 @@ class Decoder {
     int begin, end;
     int first, last;
     const int32_t* list;  // null: all neurons
+    bool more = false;    // z of the others stands already
   };
 
   bool run_pass(const Pass& pass);
@@ -177,6 +178,7 @@ class Decoder {
   // rows() of the layer's weights wherever they are; slots_ from `room` on is this thread's.
   void multiply_rows(const Pass& pass, int layer, int tid, const int32_t* ids, int begin, int end, float* gate,
                      float* up, int room);
+  void decode_stored(int tid, const Pass& pass, int layer);
   void multiply_columns(int tid, int layer, Input z);
   void decode_panels(int tid, const Pass& pass, int layer);
   void decode_neurons(int tid, const Pass& pass, int layer);
@@ -263,7 +265,8 @@ class Decoder {
 
   std::unique_ptr<FlashWeights> flash_;  // null: all weights are in memory
   std::unique_ptr<NeuronStore> store_;   // null: no single neurons are read
-  AlignedBuffer<int32_t> wanted_, slots_;  // [n_ff] of the store: a prediction in one list; slots of each thread's share
+  // [n_ff] of the store: a prediction in one list; of each thread's share, slots and what is there before what is not.
+  AlignedBuffer<int32_t> wanted_, slots_, there_first_;
   AlignedBuffer<uint32_t> place_;          // [n_ff] of the columns that z selects
   AlignedBuffer<float> fetched_rows_;    // [kMaxBlock, n_embd] embedding rows of the pass; pages untouched without need
   size_t shared_room_ = 0, budget_ = 0;  // 0: what is resident stays so

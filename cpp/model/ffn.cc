@@ -82,10 +82,7 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer) {
     decode_neurons(tid, pass, layer, share);
     finish_neurons(pass, layer, share.begin, share.end);
   };
-  if (pass.stored) {
-    if (await_neurons(tid, pass, layer)) some(0, config_.n_ff);
-    return;
-  }
+  if (pass.stored) return decode_stored(tid, pass, layer);
   if (w.slices.empty()) return some(0, config_.n_ff);
   for_slices(w.slices, tid, pass, [&](const Slice& s) { some(s.tile_begin * kTileRows, s.tile_end * kTileRows); });
 }
@@ -101,7 +98,7 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare s
   float *gate = gate_up_.data(), *up = gate + config_.n_ff, *z = z_.row(0);
   if (begin >= end) return;
   const bool gated = config_.ffn_gated;
-  if (list) count_neurons(pass, Site::N, w, last - first, end - begin, gated ? 2 : 1);
+  if (list) count_neurons(pass, Site::N, w, last - first, share.more ? 0 : end - begin, gated ? 2 : 1);
   const Thresholds threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos, true) : Thresholds();
   const bool choose = gated && (threshold || skips_zeros(pass));
   float* last_kept = &t.kept_share[size_t(layer)];
@@ -115,7 +112,7 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare s
     for (int i = begin; i < end; i++) z[i] = gated ? gate[i] * up[i] : up[i];
     return;
   }
-  std::fill(z + begin, z + end, 0.0f);
+  if (!share.more) std::fill(z + begin, z + end, 0.0f);
   if (!choose) {
     for (int k = first; k < last; k++) z[list[k]] = gated ? gate[k] * up[k] : up[k];
     return;

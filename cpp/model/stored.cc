@@ -12,6 +12,7 @@ NeuronStore* Decoder::make_store(const PackedModel& model, std::shared_ptr<ByteS
   const size_t n = size_t(config_.n_ff);
   wanted_.reset(n, "the neurons that a token needs");
   slots_.reset(n, "the neurons that a token needs");
+  there_first_.reset(n, "the neurons that a token needs");
   place_.reset(n, "the neurons that a token needs");
   return store_.get();
 }
@@ -48,6 +49,33 @@ bool Decoder::await_neurons(int tid, const Pass& pass, int layer) {
   const bool there = store_->pool().await(layer, tid == 0 ? pass.should_stop : nullptr);
   if (there && tid == 0 && layer + 1 < config_.n_layers) request_neurons(pass, layer + 1, Ask::known);
   return there;
+}
+
+// This thread's neurons: first those that are in memory, while the others are read.
+void Decoder::decode_stored(int tid, const Pass& pass, int layer) {
+  NeuronShare share = neuron_share(tid, pass, layer, 0, config_.n_ff);
+  if (share.list) {
+    const NeuronPool& pool = store_->pool();
+    int32_t* list = there_first_.data();
+    int middle = share.first;
+    for (int k = share.first; k < share.last; k++) {
+      if (!pool.missing(layer, share.list[k])) list[middle++] = share.list[k];
+    }
+    int at = middle;
+    for (int k = share.first; k < share.last; k++) {
+      if (pool.missing(layer, share.list[k])) list[at++] = share.list[k];
+    }
+    NeuronShare there = share;
+    there.list = list;
+    there.last = middle;
+    decode_neurons(tid, pass, layer, there);
+    share.list = list;
+    share.first = middle;
+    share.more = true;
+  }
+  if (!await_neurons(tid, pass, layer)) return;
+  if (!share.list || share.first < share.last) decode_neurons(tid, pass, layer, share);
+  finish_neurons(pass, layer, share.begin, share.end);
 }
 
 void Decoder::multiply_rows(const Pass& pass, int layer, int tid, const int32_t* ids, int begin, int end, float* gate,

@@ -72,10 +72,15 @@ int wrong_slots(Rig& rig, int tokens, double share, int users, std::mt19937* rng
     std::vector<std::vector<int32_t>> lists;
     for (int l = 0; l < rig.shape.layers; l++) lists.push_back(some_of(rig.shape.neurons, share, rng));
     const auto ask = [&](int l) {
+      std::vector<bool> there;
+      for (int id : lists[size_t(l)]) there.push_back(rig.pool->slot(l, id) >= 0);
       rig.pool->request(l, lists[size_t(l)].data(), int(lists[size_t(l)].size()), ReadPriority::miss);
+      // What was not there is told from what was; of what is on its way, either.
+      for (size_t i = 0; i < there.size(); i++) wrong += !there[i] && !rig.pool->missing(l, lists[size_t(l)][i]);
     };
     ask(0);
     for (int l = 0; l < rig.shape.layers; l++) {
+      for (int id : lists[size_t(l)]) wrong += !rig.pool->missing(l, id) && !rig.right(l, id);
       if (!rig.pool->await(l, &kNever)) return -1;
       std::vector<std::thread> threads;
       for (int t = 0; t < users; t++) {
