@@ -8,7 +8,8 @@ which a quantiser finds again. So the source is SmolLM2 turned: the residual str
 and its rows are whole blocks of 256, which llama.cpp's K types need. `--source FILE` takes any other GGUF.
 
 Each candidate is evaluated by the engine that it was made for; KL is measured in this engine only, where llama.cpp's file
-runs too.
+runs too. Errors are standard errors over chunks; `against` compares with the first candidate on the same chunks. The weights
+that `--bits auto` deals bits out by were fitted near the beginning of WikiText-2's test text: `--skip` leaves that out.
 
     quantiser_quality.py SmolLM2-135M-Instruct.Q4_1.gguf --peer-python PEER --text wiki.test.raw --calibration c4.txt
 """
@@ -103,6 +104,53 @@ def peer_perplexity(python: str, script: Path, model: Path, text: Path, chunks: 
     return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["perplexity"])
 
 
+class Scores:
+    """Of every scored token, [chunks, tokens]: surprise under the source and under a candidate, KL divergence of the candidate
+    from the source, and whether both would choose the same token."""
+
+    def __init__(self, source: Path, candidate: Path, chunks: Any) -> None:
+        import numpy as np
+        from sparse_run import _core
+        from sparse_run.convert.measure import _log_softmax
+
+        half = chunks.shape[1] // 2
+        rows: list[list[Any]] = [[], [], [], []]
+        models = [_core.Model(str(path), 2) for path in (source, candidate)]
+        try:
+            sessions = [_core.Session(model, chunks.shape[1]) for model in models]
+            for chunk in chunks:
+                for session in sessions:
+                    session.truncate(0)
+                    session.eval(chunk[:half])
+                p, q = (_log_softmax(session.eval_all(chunk[half:-1])) for session in sessions)
+                at, targets = np.arange(len(p)), chunk[half + 1 :]
+                found = (-p[at, targets], -q[at, targets], (np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1))
+                for row, values in zip(rows, found, strict=True):
+                    row.append(np.asarray(values, np.float64))
+        finally:
+            for model in models:
+                model.close()
+        self.before, self.after, self.kl, self.same = (np.stack(row) for row in rows)
+
+    def summary(self, base: Scores) -> dict[str, float]:
+        import numpy as np
+
+        def mean(name: str, values: Any) -> dict[str, float]:
+            by_chunk = values.mean(1)
+            error = by_chunk.std(ddof=1) / math.sqrt(len(by_chunk)) if len(by_chunk) > 1 else math.nan
+            return {name: float(by_chunk.mean()), f"{name}_stderr": float(error)}
+
+        return {
+            "perplexity": math.exp(self.after.mean()),
+            "perplexity_source": math.exp(self.before.mean()),
+            **mean("log_increase", self.after - self.before),
+            **mean("kl", self.kl),
+            **mean("log_against", self.after - base.after),
+            **mean("kl_against", self.kl - base.kl),
+            "same_choice": float(np.mean(self.same)),
+        }
+
+
 def stored_bits(packed: Path) -> float:
     """Bits a weight of a packed model's matrices."""
     from sparse_run.convert.describe import describe
@@ -127,6 +175,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--chunks", type=int, default=20)
+    parser.add_argument("--skip", type=int, default=0, help="characters of TEXT to leave out at its beginning")
     parser.add_argument("--peer-types", default="Q4_K_M,Q4_K_S,Q4_0")
     parser.add_argument("--bpw", default="4.5,4.8,5.0", help="targets of --bits auto")
     args = parser.parse_args()
@@ -140,15 +189,23 @@ def main() -> None:
         work = Path(folder)
         source = args.model if args.source else turned(args.model, work / "source.gguf")
         convert(source, work / "source")
-        text = args.text.read_text(encoding="utf-8")
+        text = args.text.read_text(encoding="utf-8")[args.skip :]
+        (work / "text").write_text(text, encoding="utf-8")
+        base: Scores | None = None
         chunks = measure.chunks_of(Tokenizer.load(work / "source"), text, args.chunks, str(args.text), spread=False)
 
         def add(name: str, packed: Path, bits: float, peer: float | None = None) -> None:
-            q = measure.compare_models(work / "source", packed, chunks)
-            rows.append({"name": name, "bits_per_weight": bits, "perplexity_peer": peer, **q.as_dict()})
+            nonlocal base
+            scores = Scores(work / "source", packed, chunks)
+            base = base or scores
+            q = scores.summary(base)
+            rows.append({"name": name, "bits_per_weight": bits, "perplexity_peer": peer, **q})
             print(
-                f"{name:<28} {bits:5.2f} bits  perplexity {q.perplexity:8.3f} (source {q.perplexity_source:.3f}) "
-                f"KL {q.kl_mean:.4f}  same choice {q.top1_agreement:.1%}" + (f"  llama.cpp itself {peer:.3f}" if peer else ""),
+                f"{name:<40} {bits:5.2f} bits  perplexity {q['perplexity']:8.3f} (source {q['perplexity_source']:.3f}, "
+                f"{math.expm1(q['log_increase']):+.1%} +- {q['log_increase_stderr']:.1%})  KL {q['kl']:.4f}  against the "
+                f"first {math.expm1(q['log_against']):+.1%} +- {q['log_against_stderr']:.1%}, KL {q['kl_against']:+.4f} +- "
+                f"{q['kl_against_stderr']:.4f}  same choice {q['same_choice']:.1%}"
+                + (f"  llama.cpp itself {peer:.3f}" if peer else ""),
                 file=sys.stderr,
             )
 
@@ -157,7 +214,7 @@ def main() -> None:
             command = [args.peer_python, "-c", QUANTISE, str(source), str(path), kind]
             subprocess.run(command, check=True, capture_output=True)
             convert(path, work / "candidate", existing="overwrite")
-            peer = peer_perplexity(args.peer_python, args.peer_script, path, args.text, args.chunks)
+            peer = peer_perplexity(args.peer_python, args.peer_script, path, work / "text", args.chunks)
             add(f"llama.cpp {kind}", work / "candidate", file_bits(path), peer)
         calibration = args.calibration.read_text(encoding="utf-8") if args.calibration else None
         ours = [("--bits 4", Quantisation(4))]
