@@ -47,6 +47,17 @@ SHAPES = {
         n_ctx=131072,
         rope_theta=500000.0,
     ),
+    # 1.1 GB as q4_0 with the vocabulary of Llama 2, as naturally sparse models (ReLU-fied Llama 2, Bamboo) have it.
+    "1.9b": LlamaShape(
+        n_layers=31,
+        n_embd=2048,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=64,
+        n_ff=8192,
+        n_vocab=32000,
+        n_ctx=4096,
+    ),
     "3b": LlamaShape(
         n_layers=28,
         n_embd=3072,
