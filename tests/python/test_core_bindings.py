@@ -134,6 +134,16 @@ def test_pack_and_unpack_check_what_they_get() -> None:
     )
 
 
+def test_a_list_of_tokens_is_an_array_of_them(packed: Path) -> None:
+    from sparse_run import _core
+
+    model = _core.Model(str(packed), 1)
+    one, other = _core.Session(model, 8), _core.Session(model, 8)
+    one.eval(tokens(5))
+    other.eval(tokens(5).tolist())
+    assert np.array_equal(one.logits(), other.logits()) and one.n_past == other.n_past == 5
+
+
 def test_errors_have_their_classes(packed: Path, tmp_path: Path) -> None:
     from sparse_run import _core
 
@@ -163,7 +173,12 @@ def test_errors_have_their_classes(packed: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="tokens must be a 1-dimensional array of int32"):
             session.eval(wrong)
     with pytest.raises(TypeError):
-        session.eval([1, 2, 3])  # type: ignore[arg-type]
+        session.eval((1, 2, 3))  # type: ignore[arg-type]
+    for wrong in (["1"], [1.5], [2**31]):
+        with pytest.raises((UsageError, TypeError, RuntimeError)):
+            session.eval(wrong)
+    with pytest.raises(UsageError, match="no tokens"):
+        session.eval([])
     with pytest.raises(UsageError, match="no tokens"):
         session.eval(tokens(0))
     with pytest.raises(UsageError, match="float32"):
