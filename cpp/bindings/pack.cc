@@ -27,35 +27,58 @@ size_t panel_bytes_py(const std::string& kind, py::ssize_t rows, py::ssize_t col
   return panel_bytes(k, int(rows), int(cols), group, has_min);
 }
 
+// Codes of rows as Python has them: uint8 [rows, cols], with scales and, unless that is None, minima, float16
+// [rows, ceil(cols / group)].
+struct RoundedRows {
+  RoundedRows(const py::array& codes_in, const py::array& scales_in, const py::object& mins_in)
+      : codes_(checked_array(codes_in, 'u', 1, 2, "codes")), scales_(checked_array(scales_in, 'f', 2, 2, "scales")) {
+    if (!mins_in.is_none()) mins_ = checked_array(py::array::ensure(mins_in), 'f', 2, 2, "mins");
+    rows = codes_.shape(0);
+    cols = codes_.shape(1);
+    codes = static_cast<const uint8_t*>(codes_.data());
+    scales = static_cast<const uint16_t*>(scales_.data());
+    if (!mins_in.is_none()) mins = static_cast<const uint16_t*>(mins_.data());
+  }
+  bool has_min() const { return mins != nullptr; }
+  // For a group that is valid.
+  void check_groups(int group) const {
+    for (const py::array* a : {&scales_, has_min() ? &mins_ : &scales_}) {
+      if (a->shape(0) != rows || a->shape(1) != (cols + group - 1) / group) {
+        throw Error(ErrorCode::usage, "scales and mins must have the shape [rows, ceil(cols / group)]");
+      }
+    }
+  }
+  // Touches no Python object.
+  void check_codes(const std::string& kind) const {
+    uint8_t top = 0;
+    for (py::ssize_t i = 0; i < rows * cols; i++) top = std::max(top, codes[i]);
+    if (int(top) >> code_bits(weight_kind_from_name(kind))) {
+      throw Error(ErrorCode::usage, "code " + std::to_string(top) + " does not fit into " + kind);
+    }
+  }
+
+  py::ssize_t rows, cols;
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint16_t* mins = nullptr;
+
+ private:
+  py::array codes_, scales_, mins_;
+};
+
 py::array pack_panel_py(const std::string& kind, const py::array& codes_in, const py::array& scales_in,
                         const py::object& mins_in, int group) {
   const WeightKind k = weight_kind_from_name(kind);
   if (!is_quantised(k)) throw Error(ErrorCode::usage, kind + " is not a quantised kind: use pack_panel_float");
-  const py::array codes = checked_array(codes_in, 'u', 1, 2, "codes");
-  const py::array scales = checked_array(scales_in, 'f', 2, 2, "scales");
-  const bool has_min = !mins_in.is_none();
-  py::array mins;
-  if (has_min) mins = checked_array(py::array::ensure(mins_in), 'f', 2, 2, "mins");
-  const py::ssize_t rows = codes.shape(0), cols = codes.shape(1);
-  check_sides(k, rows, cols, group);
-  const py::ssize_t groups = (cols + group - 1) / group;
-  for (const py::array* a : {&scales, has_min ? &mins : &scales}) {
-    if (a->shape(0) != rows || a->shape(1) != groups) {
-      throw Error(ErrorCode::usage, "scales and mins must have the shape [rows, ceil(cols / group)]");
-    }
-  }
-  py::array_t<uint8_t> out(py::ssize_t(panel_bytes(k, int(rows), int(cols), group, has_min)));
-  const auto* c = static_cast<const uint8_t*>(codes.data());
-  const auto* s = static_cast<const uint16_t*>(scales.data());
-  const auto* m = has_min ? static_cast<const uint16_t*>(mins.data()) : nullptr;
+  const RoundedRows in(codes_in, scales_in, mins_in);
+  check_sides(k, in.rows, in.cols, group);
+  in.check_groups(group);
+  const int rows = int(in.rows), cols = int(in.cols);
+  py::array_t<uint8_t> out(py::ssize_t(panel_bytes(k, rows, cols, group, in.has_min())));
   uint8_t* o = out.mutable_data();
   py::gil_scoped_release release;
-  uint8_t top = 0;
-  for (py::ssize_t i = 0; i < rows * cols; i++) top = std::max(top, c[i]);
-  if (int(top) >> code_bits(k)) {
-    throw Error(ErrorCode::usage, "code " + std::to_string(top) + " does not fit into " + kind);
-  }
-  pack_panel(k, c, s, m, int(rows), int(cols), group, o);
+  in.check_codes(kind);
+  pack_panel(k, in.codes, in.scales, in.mins, rows, cols, group, o);
   return out;
 }
 
@@ -123,31 +146,15 @@ size_t neuron_bytes_py(const std::string& kind, py::ssize_t neurons, py::ssize_t
 
 py::array pack_neurons_py(const std::string& kind, const py::array& codes_in, const py::array& scales_in,
                           const py::object& mins_in, int group, bool gated) {
-  const py::array codes = checked_array(codes_in, 'u', 1, 2, "codes");
-  const py::array scales = checked_array(scales_in, 'f', 2, 2, "scales");
-  const bool has_min = !mins_in.is_none();
-  py::array mins;
-  if (has_min) mins = checked_array(py::array::ensure(mins_in), 'f', 2, 2, "mins");
-  const py::ssize_t rows = codes.shape(0), cols = codes.shape(1);
-  const NeuronMatrix m = neuron_shape(kind, neurons_of(rows, gated), cols, group, has_min, gated);
+  const RoundedRows in(codes_in, scales_in, mins_in);
+  const NeuronMatrix m = neuron_shape(kind, neurons_of(in.rows, gated), in.cols, group, in.has_min(), gated);
   if (!is_quantised(m.kind)) throw Error(ErrorCode::usage, kind + " is not a quantised kind: use pack_neurons_float");
-  for (const py::array* a : {&scales, has_min ? &mins : &scales}) {
-    if (a->shape(0) != rows || a->shape(1) != (cols + group - 1) / group) {
-      throw Error(ErrorCode::usage, "scales and mins must have the shape [rows, ceil(cols / group)]");
-    }
-  }
+  in.check_groups(group);
   py::array_t<uint8_t> out{py::ssize_t(m.total_bytes())};
-  const auto* c = static_cast<const uint8_t*>(codes.data());
-  const auto* s = static_cast<const uint16_t*>(scales.data());
-  const auto* n = has_min ? static_cast<const uint16_t*>(mins.data()) : nullptr;
   uint8_t* o = out.mutable_data();
   py::gil_scoped_release release;
-  uint8_t top = 0;
-  for (py::ssize_t i = 0; i < rows * cols; i++) top = std::max(top, c[i]);
-  if (int(top) >> code_bits(m.kind)) {
-    throw Error(ErrorCode::usage, "code " + std::to_string(top) + " does not fit into " + kind);
-  }
-  pack_neurons(m, c, s, n, o);
+  in.check_codes(kind);
+  pack_neurons(m, in.codes, in.scales, in.mins, o);
   return out;
 }
 
