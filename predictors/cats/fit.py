@@ -10,17 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import Error, UsageError
-from ..common.calibration import Calibration, Options
+from ..common.calibration import Calibration
 from ..common.layers import POINTS, Stream, quantile_table, threshold_at
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ... import _core
-    from ...packed_header import PackedHeader
-    from ...tokenizer import Tokenizer
-    from ..common.calibration import Tick
 
 SITE = "G"
 _VALUES = 1 << 22  # that a layer's quantiles are made from
@@ -32,22 +28,13 @@ class Fit(Calibration):
     METHOD: ClassVar[str] = "cats"
     ALLOCATIONS: ClassVar[tuple[str, ...]] = ("uniform",)
 
-    def __init__(
-        self,
-        model: _core.Model,
-        tokenizer: Tokenizer,
-        header: PackedHeader,
-        options: Options,
-        *,
-        text: str | None = None,
-        tick: Tick | None = None,
-    ) -> None:
+    _found: dict[str, NDArray[Any]] | None = None
+
+    def check(self) -> None:
         """Raises UsageError where the model's FFN has no gate, or is stored by columns."""
-        if not header.config.get("ffn_gated", True):
+        if not self.header.config.get("ffn_gated", True):
             raise UsageError(f"{self.METHOD} needs an FFN with a gate, which this model has not; use --method teal")
-        header.need_neurons(self.METHOD)
-        super().__init__(model, tokenizer, header, options, text=text, tick=tick)
-        self._found: dict[str, NDArray[Any]] | None = None
+        self.header.need_neurons(self.METHOD)
 
     def statistics(self) -> dict[str, NDArray[Any]]:
         """"up": E[u^2] of every neuron [n_layers, n_ff]; "cats", "chess": quantiles of |g| and of |g| sqrt(E[u^2]),

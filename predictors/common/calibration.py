@@ -92,7 +92,7 @@ class Calibration(abc.ABC):
         text: str | None = None,
         tick: Tick | None = None,
     ) -> None:
-        """text: what to calibrate on besides the model's own text; None is its own text only."""
+        """text: what to calibrate on besides the model's own text; None is its own text only. Raises what `check` does."""
         self.model, self.tokenizer, self.header, self.options = model, tokenizer, header, options
         self.n_vocab = int(header.config["n_vocab"])
         self.ctx = min(options.ctx, int(header.config["n_ctx_train"]))
@@ -101,8 +101,12 @@ class Calibration(abc.ABC):
         self._dense_nll: NDArray[np.float64] | None = None
         self._increases: dict[tuple[str, float], float] = {}
         self._chunks: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+        self.check()
 
     # What a method says
+
+    def check(self) -> None:
+        """Raises UsageError where the method cannot work with this model."""
 
     @abc.abstractmethod
     def thresholds_at(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UsageError
-from ..common.calibration import Calibration, Options
+from ..common.calibration import Calibration
 from . import clusters
 from .selection import Choice
 
@@ -18,12 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ... import _core
-    from ...packed_header import PackedHeader
     from ...skipping import Skipping
     from ...sparsity import SparsityFile
-    from ...tokenizer import Tokenizer
-    from ..common.calibration import Tick
 
 PASSAGE = 64  # tokens of a passage that clusters are made of
 
@@ -37,20 +33,11 @@ class Fit(Calibration):
     MAX_LEVEL: ClassVar[float] = 0.6  # more is not there to be given up beside the protected layers
     STATISTIC: ClassVar[str] = "core"
 
-    def __init__(
-        self,
-        model: _core.Model,
-        tokenizer: Tokenizer,
-        header: PackedHeader,
-        options: Options,
-        *,
-        text: str | None = None,
-        tick: Tick | None = None,
-    ) -> None:
+    _counts: NDArray[np.float32] | None = None
+
+    def check(self) -> None:
         """Raises UsageError where the FFN is stored by columns."""
-        header.need_neurons(self.METHOD)
-        super().__init__(model, tokenizer, header, options, text=text, tick=tick)
-        self._counts: NDArray[np.float32] | None = None
+        self.header.need_neurons(self.METHOD)
 
     def protected(self, allocation: str) -> tuple[int, int]:
         """First and last layers that stay dense: 6 and 5 of 32, as in the paper."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
-from ...packed_header import SITES, PackedHeader
+from ...packed_header import SITES
 from ..common import allocate, calibration
 from ..common.columns import column_bytes, column_norms
 from ..common.layers import POINTS, Stream, quantile_table, threshold_at
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ... import _core
-    from ...tokenizer import Tokenizer
 
 SCORES = ("abs", "wina")
 PROBE = 192  # positions of a chunk that greedy searches look at
@@ -53,27 +53,23 @@ class Fit(calibration.Calibration):
     MAX_LEVEL = allocate.MAX_LEVEL
     options: Options
 
-    def __init__(
-        self,
-        model: _core.Model,
-        tokenizer: Tokenizer,
-        header: PackedHeader,
-        options: Options,
-        *,
-        text: str | None = None,
-        tick: calibration.Tick | None = None,
-    ) -> None:
+    _tables: NDArray[np.float32] | None = None
+    _greedy: dict[str, NDArray[np.float64]] | None = None
+    _norms: dict[str, list[NDArray[np.float32]]] | None = None
+
+    @cached_property
+    def weights(self) -> NDArray[np.float64]:
+        """Bytes that a layer and site can skip, [n_layers, 4]."""
         import numpy as np
 
-        super().__init__(model, tokenizer, header, options, text=text, tick=tick)
-        self._tables: NDArray[np.float32] | None = None
-        self._greedy: dict[str, NDArray[np.float64]] | None = None
-        self._norms: dict[str, list[NDArray[np.float32]]] | None = None
-        self.weights = np.asarray(
+        header = self.header
+        return np.asarray(
             [[column_bytes(header, s, i) * header.maskable(s, i) for s in SITES] for i in range(header.n_layers)],
             np.float64,
         )
-        """Bytes that a layer and site can skip, [n_layers, 4]."""
+
+    def check(self) -> None:
+        """Raises UsageError where no matrix is quantised."""
         if not self.weights.any():
             raise UsageError(
                 "this model's matrices are float: there are no columns to skip; sparsity needs a quantised model"
