@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +23,6 @@ from sparse_run.tokenizer import Tokenizer
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 DENSE = 16
 SMALL = Options(tokens=1024, eval_tokens=512, ctx=256)
-
-
-@pytest.fixture(scope="module")
-def header(smollm2_neurons: Path) -> PackedHeader:
-    return read_header(smollm2_neurons)
-
-
-@pytest.fixture(scope="module")
-def model(smollm2_neurons: Path) -> Iterator[_core.Model]:
-    model = _core.Model(str(smollm2_neurons), 1)
-    yield model
-    model.close()
-
-
-@pytest.fixture(scope="module")
-def text(shared_dir: Path) -> str:
-    return (shared_dir / "data" / "calibration" / "c4.txt").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")

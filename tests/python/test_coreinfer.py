@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sparse_run import Model, _core, sparsity
 from sparse_run.errors import ModelError, UsageError
 from sparse_run.eval import compare
-from sparse_run.packed_header import PackedHeader, read_header
+from sparse_run.packed_header import PackedHeader
 from sparse_run.predictors.common.calibration import Options
 from sparse_run.predictors.coreinfer import clusters, selection
 from sparse_run.predictors.coreinfer.fit import Fit, Griffin
@@ -27,23 +27,6 @@ from sparse_run.tokenizer import Tokenizer
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 SMALL = Options(tokens=1024, eval_tokens=512, ctx=256)
-
-
-@pytest.fixture(scope="module")
-def header(smollm2_neurons: Path) -> PackedHeader:
-    return read_header(smollm2_neurons)
-
-
-@pytest.fixture(scope="module")
-def model(smollm2_neurons: Path) -> Iterator[_core.Model]:
-    model = _core.Model(str(smollm2_neurons), 1)
-    yield model
-    model.close()
-
-
-@pytest.fixture(scope="module")
-def text(shared_dir: Path) -> str:
-    return (shared_dir / "data" / "calibration" / "c4.txt").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")

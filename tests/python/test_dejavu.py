@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from sparse_run import _core, sparsity
 from sparse_run.errors import ModelError, UsageError
-from sparse_run.packed_header import PackedHeader, read_header
+from sparse_run.packed_header import PackedHeader
 from sparse_run.predictors.common.layers import Stream
 from sparse_run.predictors.dejavu import predictor as low_rank
 from sparse_run.predictors.dejavu.fit import Fit, Options, advice, rank_for
@@ -29,15 +29,8 @@ RNG = np.random.default_rng(5)
 
 
 @pytest.fixture(scope="module")
-def header(relu_packed: Path) -> PackedHeader:
-    return read_header(relu_packed)
-
-
-@pytest.fixture(scope="module")
-def model(relu_packed: Path) -> Iterator[_core.Model]:
-    model = _core.Model(str(relu_packed), 1)
-    yield model
-    model.close()
+def packed(relu_packed: Path) -> Path:
+    return relu_packed
 
 
 @pytest.fixture(scope="module")
