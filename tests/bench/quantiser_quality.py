@@ -5,7 +5,8 @@ bits per weight of each file.
 The checkpoints that a package index carries are quantised already, and a file dequantised from 4 bits still has its grid,
 which a quantiser finds again. So the source is SmolLM2 turned: the residual stream is rotated at random into 768 dimensions
 (an isometry, norms folded into the matrices, the head untied). Its outputs are those of SmolLM2, its weights lie on no grid,
-and its rows are whole blocks of 256, which llama.cpp's K types need. `--source FILE` takes any other GGUF.
+and its rows are whole blocks of 256, which llama.cpp's K types need. `--source` takes MODEL,
+any F16 or F32 GGUF, as it is.
 
 Each candidate is evaluated by the engine that it was made for; KL is measured in this engine only, where llama.cpp's file
 runs too. Errors are standard errors over chunks; `against` compares with the first candidate on the same chunks. The weights
@@ -111,7 +112,7 @@ class Scores:
     def __init__(self, source: Path, candidate: Path, chunks: Any) -> None:
         import numpy as np
         from sparse_run import _core
-        from sparse_run.convert.measure import _log_softmax
+        from sparse_run.eval.perplexity import log_softmax
 
         half = chunks.shape[1] // 2
         rows: list[list[Any]] = [[], [], [], []]
@@ -122,7 +123,7 @@ class Scores:
                 for session in sessions:
                     session.truncate(0)
                     session.eval(chunk[:half])
-                p, q = (_log_softmax(session.eval_all(chunk[half:-1])) for session in sessions)
+                p, q = (log_softmax(session.eval_all(chunk[half:-1])) for session in sessions)
                 at, targets = np.arange(len(p)), chunk[half + 1 :]
                 found = (-p[at, targets], -q[at, targets], (np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1))
                 for row, values in zip(rows, found, strict=True):

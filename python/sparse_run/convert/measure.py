@@ -240,6 +240,7 @@ def compare_models(
     import numpy as np
 
     from .. import _core
+    from ..eval.perplexity import log_softmax
 
     models = [_core.Model(str(path), 0, True) for path in (source, result)]
     try:
@@ -257,7 +258,7 @@ def compare_models(
             for begin in range(ctx // 2, ctx - 1, rows):
                 part = chunk[begin : min(begin + rows, ctx - 1)]
                 targets = chunk[begin + 1 : begin + 1 + len(part)]
-                p, q = (_log_softmax(session.eval_all(part)) for session in sessions)
+                p, q = (log_softmax(session.eval_all(part)) for session in sessions)
                 at = np.arange(len(part))
                 nlls.append(-np.stack([p[at, targets], q[at, targets]]).astype(np.float64))
                 divergences.append(np.maximum((np.exp(p) * (p - q)).sum(1, dtype=np.float64), 0.0))
@@ -284,11 +285,3 @@ def compare_models(
         ctx=ctx,
         chunks=len(chunks),
     )
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    import numpy as np
-
-    x: NDArray[np.float32] = logits - logits.max(1, keepdims=True)
-    x -= np.log(np.exp(x).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)
-    return x
