@@ -138,7 +138,7 @@ class Scores:
 
         def mean(name: str, values: Any) -> dict[str, float]:
             by_chunk = values.mean(1)
-            error = by_chunk.std(ddof=1) / math.sqrt(len(by_chunk)) if len(by_chunk) > 1 else math.nan
+            error = by_chunk.std(ddof=1) / math.sqrt(len(by_chunk))
             return {name: float(by_chunk.mean()), f"{name}_stderr": float(error)}
 
         return {
@@ -194,6 +194,8 @@ def main() -> None:
         (work / "text").write_text(text, encoding="utf-8")
         base: Scores | None = None
         chunks = measure.chunks_of(Tokenizer.load(work / "source"), text, args.chunks, str(args.text), spread=False)
+        if len(chunks) < 2:
+            parser.error("errors are taken over chunks: give --chunks 2 or more, and a text of as many")
 
         def add(name: str, packed: Path, bits: float, peer: float | None = None) -> None:
             nonlocal base
