@@ -202,7 +202,7 @@ class Calibration(abc.ABC):
         return [[number, self.ctx, self.options.seed] for number in range(count)]
 
     def share_text(self, other: PackedHeader) -> None:
-        """Takes over what the same weights in another layout have written already: they would write the same."""
+        """Takes over the text that the same weights have written in another layout."""
         for key in self._text_keys(self.options.tokens // self.options.ctx):
             theirs, ours = self.stage_path("text", key, other), self.stage_path("text", key)
             if theirs.is_file() and not ours.exists():

@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--budgets",
         default="1,5,0.5:teal,2:teal",
-        metavar="P[:METHOD],...",
+        metavar="P[:METHOD[:VARIANT]],...",
         help="presets, in percent of perplexity, for the first wanted variant of every method or of one",
     )
     parser.add_argument("--methods", help="names of methods or METHOD:VARIANT, by default all")
@@ -200,10 +201,10 @@ class Table:
         if "uniform" in wanted.get("teal", ()):
             yield from (Job("teal", "uniform", level=float(level), score="wina") for level in WINA if level in levels)
         for budget in filter(None, self.args.budgets.split(",")):
-            percent, _, method = budget.partition(":")
+            percent, *of = budget.split(":")
             for name, variants in wanted.items():
-                if not method or method == name:
-                    yield Job(name, variants[0], budget=float(percent) / 100)
+                if not of or of[0] == name:
+                    yield Job(name, of[1] if len(of) > 1 else variants[0], budget=float(percent) / 100)
 
     def row(self, job: Job, work: Work) -> Row | None:
         """A row without figures, in the first layout that the method allows; None where none does."""
@@ -337,6 +338,7 @@ class Table:
             return
         args = self.args
         rows, dense, commits = [], {}, set()
+        perplexity: float | None = None  # layouts differ in the last digits: their sums are taken in another order
         for row in self.rows:
             parts = [json.loads(self.scores_path(row, c).read_text("utf-8")) for c in range(n)]
             commits |= {part["commit"] for part in parts}
@@ -354,6 +356,7 @@ class Table:
                 "level": row.level,
                 "levels": row.file.levels,
                 "perplexity": r.perplexity,
+                "perplexity_dense": r.perplexity_dense,
                 "increase": r.perplexity_increase,
                 "increase_stderr": r.perplexity_increase_stderr,
                 "kl_mean": r.kl_mean,
@@ -371,7 +374,8 @@ class Table:
                 dense.setdefault(row.layout, []).append(entry["tokens_per_s_dense"])
             entry["tasks"] = self.tasks(row)
             rows.append((entry, r.token_nll))
-            perplexity = r.perplexity_dense
+            if row.layout == "panels" or perplexity is None:
+                perplexity = r.perplexity_dense
         for entry, nll in rows:
             if entry["method"] == "teal" and entry["asked_level"] is not None:
                 for other, base in rows:
@@ -466,7 +470,7 @@ def _words(arguments: list[str]) -> list[str]:
         if word.startswith("--for=") or (out and out[-1] == "--for"):
             out = out[:-1] if out and out[-1] == "--for" else out
             continue
-        out.append(Path(word).name if "/" in word else word)
+        out.append(shlex.quote(Path(word).name if "/" in word else word))
     return out
 
 
