@@ -88,14 +88,14 @@ def start_text(memory: Mapping[str, Any]) -> str:
 def stats_text(memory: Mapping[str, Any]) -> str:
     """What the reads of a budget have come to, for people."""
     m = summary(memory)
-    if not m["streamed_bytes"]:
-        return f"[memory: {size_text(m['resident_bytes'])} of weights, all resident]"
     if m["neuron_hit_rate"] is not None:
         return (
             f"[memory: {m['neuron_tokens']} tokens from {m['neuron_slots']} single neurons, {m['neuron_hit_rate']:.1%} of those "
             f"asked for were there, {m['neuron_misses']} were read; {m['passes']} passes in all, {size_text(m['read_bytes'])} from "
             f"disk in {m['read_seconds']:.2f} s ({m['queue_depth']:.1f} reads at once), computing waited {m['wait_seconds']:.2f} s]"
         )
+    if not m["streamed_bytes"]:
+        return f"[memory: {size_text(m['resident_bytes'])} of weights, all resident]"
     return (
         f"[memory: {m['hit_rate']:.0%} of the weights resident; {m['passes']} passes, each {size_text(m['read_bytes_per_pass'])} "
         f"from disk in {m['read_seconds_per_pass']:.2f} s ({size_text(m['read_bytes_per_s'])}/s, {m['queue_depth']:.1f} reads at "
