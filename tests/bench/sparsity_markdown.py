@@ -96,7 +96,9 @@ def _tasks(table: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         cells = []
         for name in names:
             t = row["tasks"].get(name)
-            cells.append(f"{t['accuracy']:.1%} [{t['difference']:+.1%} +- {t['difference_stderr']:.1%}]" if t else "")
+            fewer = f" of {t['questions']}" if t and t["questions"] != base[name]["questions"] else ""
+            difference = f"[{t['difference']:+.1%} +- {t['difference_stderr']:.1%}]" if t else ""
+            cells.append(f"{t['accuracy']:.1%}{fewer} {difference}" if t else "")
         out.append(f"| {_name(row)} | " + " | ".join(cells) + " |")
     return out
 
