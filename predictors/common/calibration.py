@@ -44,7 +44,7 @@ Tick = Callable[[str, float, float], None]
 
 FIRST = 0.19  # the level that is tried first for a budget of 1%
 POWER = 5.0  # an increase of perplexity grows about so with the level, at the levels of budgets
-CLOSE = 0.15  # of the budget: nearer to it a search does not go
+CLOSE = 0.06  # of the budget: nearer to it a search does not go
 
 Thresholds = "dict[str, list[NDArray[np.float32] | None]]"
 
