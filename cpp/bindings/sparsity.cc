@@ -32,6 +32,8 @@ void bind_sparsity(py::module_& m) {
              return plan;
            }),
            py::arg("model"), py::arg("thresholds"), py::arg("dense_tokens") = 16, py::arg("break_even") = py::none())
+      .def("break_even", &Sparsity::break_even, py::arg("site"),
+           "The density above which products of a site run dense, as it was given or as the layers' shapes give it.")
       .def_property_readonly("dense_tokens", &Sparsity::dense_tokens);
 }
 

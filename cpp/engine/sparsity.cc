@@ -35,6 +35,12 @@ void Sparsity::set_break_even(const std::string& site, float break_even) {
   impl_->plan.set_break_even(site_of(site), break_even);
 }
 
+float Sparsity::break_even(const std::string& site) const {
+  const Site s = site_of(site);
+  const float set = impl_->plan.break_even(s);
+  return set != SparsityPlan::kByShape ? set : impl_->model->decoder.break_even(s);
+}
+
 int Sparsity::dense_tokens() const { return impl_->plan.dense_tokens(); }
 
 }  // namespace sr

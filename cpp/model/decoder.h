@@ -113,6 +113,8 @@ class Decoder {
   // n <= kMaxBlock rows through one layer, at positions pos, pos + 1 ...; earlier positions must have been run before.
   void run_layer(const LayerRun& run, int n, int pos, KvCache* cache, const Skipping& skipping);
   int site_width(Site site) const;
+  // The density above which products of a site run dense where a plan says nothing; the smallest of all layers.
+  float break_even(Site site) const;
   // Why a site cannot work in this layer, to follow "site X of layer N"; empty where it can.
   std::string site_refusal(int layer, Site site) const;
 

@@ -84,6 +84,13 @@ float Decoder::break_even(const Pass& pass, int layer, Site site) const {
   return site == Site::G ? kNeuronBreakEven : break_even_[size_t(layer) * 4 + size_t(site)];
 }
 
+float Decoder::break_even(Site site) const {
+  if (site == Site::G) return kNeuronBreakEven;
+  float least = 1;
+  for (int l = 0; l < config_.n_layers; l++) least = std::min(least, break_even_[size_t(l) * 4 + size_t(site)]);
+  return least;
+}
+
 void Decoder::count_held(const Pass& pass, int pos, bool decode, size_t bytes) const {
   SiteCounts* counts = pass.skipping.counts;
   const SparsityPlan* plan = pass.skipping.plan;

@@ -288,13 +288,16 @@ class Fit(calibration.Calibration):
 
     def floors(self) -> NDArray[np.float64]:
         """By site, the lowest level that is worth skipping on this machine: above the density from which its products run
-        dense (`sparse-run bench --breakeven`) a mask costs quality and brings nothing."""
+        dense (as `sparse-run bench --breakeven` measured it, else as the engine takes it to be) a mask costs quality and
+        brings nothing."""
         import numpy as np
 
-        from ...bench.breakeven import DEFAULT, crossing
+        from ... import _core
+        from ...bench.breakeven import crossing
 
         measured = self._measured() or {}
-        ends = [crossing(*measured[site]) if site in measured else DEFAULT for site in SITES]
+        usual = _core.Sparsity(self.model, {})
+        ends = [crossing(*measured[site]) if site in measured else usual.break_even(site) for site in SITES]
         out: NDArray[np.float64] = np.clip(1 - np.asarray(ends), MIN_LEVEL, MOST_FLOOR)
         return out
 

@@ -188,8 +188,12 @@ class Sparsity:
     ) -> None:
         """thresholds: site letter -> one entry a layer: None (dense) or [width] or [1] thresholds >= 0, not NaN;
         widths: A, M: n_embd; O: n_heads * head_dim; Z, G: n_ff. `break_even`: density above which a product runs dense
-        (on the masked input: the same bits), one for all or by site; where None or left out, by the matrix's shape. Raises UsageError on a wrong site, shape or value, where a site's matrix
-        is float (not G), and where the layout of the FFN does not allow the site, with the layout that does."""
+        (on the masked input: the same bits), one for all or by site; where None or left out, by the matrix's shape. Raises
+        UsageError on a wrong site, shape or value, where a site's matrix is float (not G), and where the layout of the FFN does
+        not allow the site, with the layout that does."""
+    def break_even(self, site: str) -> float:
+        """The density above which products of a site run dense: as it was given, else the smallest that the layers' shapes
+        give. Raises UsageError on an unknown site."""
     @property
     def dense_tokens(self) -> int: ...
 

@@ -363,3 +363,13 @@ def test_wina_end_to_end(model: _core.Model, header: PackedHeader, shared_dir: P
     for site in SITES:
         assert r.density[site] == pytest.approx(0.6, abs=0.06), site
     assert 0 < r.kl_mean < 1
+
+
+def test_levels_too_low_to_be_skipped_are_not_calibrated(model: _core.Model, fit: Fit) -> None:
+    """SmolLM2's columns are short: above a density of 0.7 their products run dense, and a level below 0.3 brings nothing."""
+    plan = _core.Sparsity(model, {})
+    assert [plan.break_even(site) for site in SITES] == pytest.approx([0.7] * len(SITES))
+    assert _core.Sparsity(model, {}, break_even={"O": 0.5}).break_even("O") == 0.5
+    with pytest.raises(UsageError, match="site"):
+        plan.break_even("Q")
+    assert fit.floors() == pytest.approx([0.3] * len(SITES))

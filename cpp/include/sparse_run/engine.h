@@ -137,6 +137,8 @@ class Sparsity {
   Sparsity(const Model& model, int dense_tokens);
   // The density, 0 to 1, above which products of a site run dense; not set: by the matrix's shape. Throws Error(usage).
   void set_break_even(const std::string& site, float break_even);
+  // The same as it takes effect; of what the layers' shapes give the smallest. Throws Error(usage).
+  float break_even(const std::string& site) const;
   // site: "A", "O", "M", "Z" or "G"; n thresholds, one for each input (neuron) or one for all. Throws Error(usage),
   // also where the layout of the layer's FFN does not allow the site.
   void set(const std::string& site, int layer, const float* thresholds, size_t n);

@@ -19,9 +19,6 @@ from ..packed_header import SITES, read_header
 
 DENSITIES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.1)
 SCHEMA = 1
-DEFAULT = 0.9
-"""The density above which products of long runs (1 KiB and more) run dense where nothing was measured; of shorter ones it is
-0.7 (`break_even_by_shape` in cpp/model/linear.cc)."""
 
 
 @dataclass(frozen=True)
