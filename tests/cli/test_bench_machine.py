@@ -77,12 +77,12 @@ class TestBreakEven:
         (entry,) = kept["models"].values()
         assert entry["break_even"] == r["break_even"] and entry["fingerprint"] == r["fingerprint"]
 
-    def test_table_ends_with_the_density(self, smollm2_packed: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    def test_table_says_what_a_break_even_does(self, smollm2_packed: Path, tmp_path: Path, run_cli: RunCli) -> None:
         env = {"XDG_CACHE_HOME": str(tmp_path)}
         done = run_cli("bench", "--breakeven", "-m", smollm2_packed, "--reps", 1, "-q", env=env)
         assert done.returncode == 0, done.stderr
         assert [line.split()[0] for line in done.stdout.splitlines()[2:-1]] == ["A", "O", "M", "Z"]
-        assert done.stdout.splitlines()[-1].startswith("products of this model run dense above a density of ")
+        assert done.stdout.splitlines()[-1].startswith("a product runs dense where more of its columns are kept")
 
     def test_a_cache_that_cannot_be_written_is_said(
         self, smollm2_packed: Path, tmp_path: Path, run_cli: RunCli
@@ -129,25 +129,22 @@ class TestKnown:
 
     def test_is_found_for_the_same_model_set_and_threads_only(self, cache: Path) -> None:
         self.keep(cache, "abc avx2 2", _core.__version__, 0.7)
-        assert breakeven.known_break_even("abc", "avx2", 2) == 0.7
         assert breakeven.known_break_evens("abc", "avx2", 2) == {"M": 0.7}
         assert breakeven.known_break_evens("abc", "avx2", 1) is None
-        assert breakeven.known_break_even("abd", "avx2", 2) is None
-        assert breakeven.known_break_even("abc", "avx512", 2) is None
-        assert breakeven.known_break_even("abc", "avx2", 1) is None
+        assert breakeven.known_break_evens("abd", "avx2", 2) is None
+        assert breakeven.known_break_evens("abc", "avx512", 2) is None
 
     @pytest.mark.parametrize("value", [None, "0.5", -0.1, 1.5, math.nan])
     def test_impossible_values_count_as_none(self, cache: Path, value: object) -> None:
         self.keep(cache, "abc avx2 2", _core.__version__, value)
-        assert breakeven.known_break_even("abc", "avx2", 2) is None
         assert breakeven.known_break_evens("abc", "avx2", 2) is None
 
     def test_other_versions_and_damaged_files_count_as_none(self, cache: Path) -> None:
         self.keep(cache, "abc avx2 2", "0.0.0-other", 0.7)
-        assert breakeven.known_break_even("abc", "avx2", 2) is None
+        assert breakeven.known_break_evens("abc", "avx2", 2) is None
         for text in ("", "{", "[]", '{"schema": 2, "models": {}}', '{"schema": 1, "models": []}'):
             cache.write_text(text)
-            assert breakeven.known_break_even("abc", "avx2", 2) is None
+            assert breakeven.known_break_evens("abc", "avx2", 2) is None
 
     def test_reaches_the_engine(self, smollm2_packed: Path, cache: Path) -> None:
         header = read_header(smollm2_packed)

@@ -145,20 +145,10 @@ def cache_path(cpu: str | None = None) -> Path:
     return registry.packed_dir().parent / f"breakeven-{name}.json"
 
 
-def known_break_even(fingerprint: str, isa: str, threads: int) -> float | None:
-    """What was measured on this processor for a model, instruction set and number of threads by this version; None where
-    nothing was. Never raises: a damaged cache counts as none."""
-    from .. import __version__
-
-    entry = _read(cache_path()).get(_key(fingerprint, isa, threads))
-    if not isinstance(entry, dict) or entry.get("version") != __version__:
-        return None
-    value = entry.get("break_even")
-    return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1 else None
-
-
 def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, float] | None:
-    """As `known_break_even`, by site: above it the products of that site run dense. Of a site's shapes the smallest counts."""
+    """The density above which the products of a site run dense, by site, as it was measured on this processor for a model,
+    instruction set and number of threads by this version; None where nothing was. Of a site's shapes the smallest counts.
+    Never raises: a damaged cache counts as none."""
     from .. import __version__
 
     entry = _read(cache_path()).get(_key(fingerprint, isa, threads))
@@ -179,7 +169,7 @@ def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, flo
 
 
 def known_gains(fingerprint: str, isa: str, threads: int) -> dict[str, tuple[list[float], list[float]]] | None:
-    """As `known_break_even`: the densities that were measured, and the dense time over the skipping time at each, of the
+    """As `known_break_evens`: the densities that were measured, and the dense time over the skipping time at each, of the
     matrices that each site feeds. Of several shapes at one site the one that takes most bytes counts."""
     from .. import __version__
 
