@@ -76,7 +76,7 @@ class Table:
         rates = zip(r["decode_dense_tokens_per_s"], r["decode_sparse_tokens_per_s"], strict=True)
         ratios = [skipping / dense for dense, skipping in rates]
         row(
-            f"{name}, {float(level):.0%} of every matrix's inputs skipped: decode, tokens/s",
+            f"{name}, TEAL at {float(level):.0%}, {r['density']['body']:.0%} of the layers' bytes read: decode, tokens/s",
             f"{r['decode_sparse_median']:.4g}",
             f"(own dense: {r['decode_dense_median']:.4g})",
             f"{r['sparse_ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
