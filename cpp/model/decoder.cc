@@ -121,8 +121,7 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
   not_finite_.store(false, std::memory_order_relaxed);
   counter_[0].reset();
   counter_[1].reset();
-  Pass pass = {tokens, n, pos, cache, which, logits, &should_stop, skipping};
-  pass.stored = works_from_store(pass);
+  const Pass pass = {tokens, n, pos, cache, which, logits, &should_stop, skipping};
   make_prediction_buffers(pass);
   if (!run_pass(pass)) return false;
   if (not_finite_.load(std::memory_order_relaxed)) {
@@ -135,12 +134,14 @@ bool Decoder::forward(const int32_t* tokens, int n, int pos, KvCache* cache, Log
 }
 
 // False: stopped. Throws Error(runtime) when weights could not be read.
-bool Decoder::run_pass(const Pass& pass) {
+bool Decoder::run_pass(Pass pass) {
   std::string error;
   if (flash_) {
+    pass.stored = works_from_store(pass);
     error = make_room(pass);
     if (error == "cancelled") return false;
     if (!error.empty()) throw Error(ErrorCode::runtime, error + kEndsHere);
+    pass.stored = works_from_store(pass);  // with the room as it is now
     if (pass.stored) store_->pool().begin_token();
     else flash_->begin_pass();
     if (fetches_rows() && pass.tokens) {

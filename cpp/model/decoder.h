@@ -144,7 +144,7 @@ class Decoder {
     bool more = false;    // z of the others stands already
   };
 
-  bool run_pass(const Pass& pass);
+  bool run_pass(Pass pass);
   // Shares the room anew where this pass needs it; returns as FlashWeights::resize does.
   std::string make_room(const Pass& pass);
   void give_back_block();
@@ -272,7 +272,7 @@ class Decoder {
   AlignedBuffer<uint32_t> place_;          // [n_ff] of the columns that z selects
   AlignedBuffer<float> fetched_rows_;    // [kMaxBlock, n_embd] embedding rows of the pass; pages untouched without need
   size_t shared_room_ = 0, budget_ = 0;  // 0: what is resident stays so
-  size_t room_seen_ = 0;                 // for weights, when it was last looked at
+  size_t room_seen_ = SIZE_MAX;          // for weights, when it was last looked at
   int block_rows_ = 0;                   // whose memory is in use
   size_t aside_ = 0;
   int passes_unmeasured_ = 0;

@@ -39,6 +39,7 @@ class FlashWeights {
   // call that is.
   std::string resize(const ResidencyPlan& plan, const std::function<bool()>& should_stop);
   bool usable() const { return usable_; }
+  bool holds_all_but_ffn() const;
 
   // A pass over the layers; see WeightStream. Without streamed weights all of it is free.
   void begin_pass();

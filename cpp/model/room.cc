@@ -21,7 +21,7 @@ constexpr int kMeasureEvery = 16;                // passes
 void Decoder::share_room(size_t room, size_t budget) {
   shared_room_ = room;
   budget_ = budget;
-  room_seen_ = 0;
+  room_seen_ = SIZE_MAX;
 }
 
 size_t Decoder::block_bytes(int n) const {

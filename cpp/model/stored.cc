@@ -17,9 +17,10 @@ NeuronStore* Decoder::make_store(const PackedModel& model, std::shared_ptr<ByteS
   return store_.get();
 }
 
-// One token of which something says which neurons it needs.
+// One token of which something says which neurons it needs. Where attention has had to leave memory too, the stream
+// that brings it brings the FFNs as well.
 bool Decoder::works_from_store(const Pass& pass) const {
-  if (!store_ || pass.n != 1 || pass.one) return false;
+  if (!store_ || pass.n != 1 || pass.one || !flash_->holds_all_but_ffn()) return false;
   return pass.skipping.neurons || predicting(pass, pass.pos, true);
 }
 

@@ -417,3 +417,15 @@ TEST_CASE("an error, or a stall that is cancelled, while a neuron is read ends t
     CHECK(greedy(s, 8) == expected);
   }
 }
+
+TEST_CASE("where attention has to leave memory too, decoding reads FFNs whole again, with the same results") {
+  Model model(larger());
+  sr::Model opened(model.options(model.budget(0.1), 0.1));
+  sr::Session s(opened, 256);
+  use_sets(s, 0.05);
+  const auto expected = greedy(s, 8);
+  CHECK_EQ(opened.memory().neuron_tokens, 8);
+  opened.set_aside(size_t(1) << 30, true);
+  CHECK(greedy(s, 8) == expected);
+  CHECK_EQ(opened.memory().neuron_tokens, 8);
+}
