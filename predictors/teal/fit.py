@@ -246,23 +246,20 @@ class Fit(calibration.Calibration):
         shapes, else by bytes."""
         import numpy as np
 
+        from ...bench.breakeven import known_gains
+
         grid = np.arange(0, allocate.MAX_LEVEL + timed.GRID / 2, timed.GRID)
         paths = self.greedy()
         cost = np.stack([timed.costs(p, e, grid) for p, e in zip(paths["levels"], paths["errors"], strict=True)])
-        measured = self._measured()
+        measured = known_gains(self.header.fingerprint, self.model.isa, self.model.threads) or {}
         gain = np.zeros_like(cost)
         for k, site in enumerate(SITES):
             share = grid
-            if measured is not None and site in measured:
+            if site in measured:
                 densities, gains = measured[site]
                 share = timed.saved(np.asarray(densities), 1 / np.asarray(gains), grid)
             gain[:, k] = self.weights[:, k, None] * share
         return timed.allocate(cost, gain, self.weights, grid, target)
-
-    def _measured(self) -> dict[str, tuple[list[float], list[float]]] | None:
-        from ...bench.breakeven import known_gains
-
-        return known_gains(self.header.fingerprint, self.model.isa, self.model.threads)
 
     # Allocation
 
@@ -293,11 +290,11 @@ class Fit(calibration.Calibration):
         import numpy as np
 
         from ... import _core
-        from ...bench.breakeven import crossing
+        from ...bench.breakeven import known_break_evens
 
-        measured = self._measured() or {}
-        usual = _core.Sparsity(self.model, {})
-        ends = [crossing(*measured[site]) if site in measured else usual.break_even(site) for site in SITES]
+        known = known_break_evens(self.header.fingerprint, self.model.isa, self.model.threads)
+        plan = _core.Sparsity(self.model, {}, break_even=known)
+        ends = [plan.break_even(site) for site in SITES]
         out: NDArray[np.float64] = np.clip(1 - np.asarray(ends), MIN_LEVEL, MOST_FLOOR)
         return out
 

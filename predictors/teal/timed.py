@@ -45,15 +45,10 @@ def saved(densities: NDArray[np.float64], ratios: NDArray[np.float64], grid: NDA
     densities, with ratios of the dense time at each."""
     import numpy as np
 
+    from ...bench.breakeven import rising
+
     order = np.argsort(-densities)
-    blocks: list[tuple[float, int]] = []
-    for ratio in np.asarray(ratios, np.float64)[order]:
-        value, n = float(ratio), 1
-        while blocks and blocks[-1][0] < value:
-            other, m = blocks.pop()
-            value, n = (value * n + other * m) / (n + m), n + m
-        blocks.append((value, n))
-    smooth = np.asarray([value for value, n in blocks for _ in range(n)])
+    smooth = -np.asarray(rising((-np.asarray(ratios, np.float64)[order]).tolist()))
     out: NDArray[np.float64] = np.maximum(1 - np.interp(grid, 1 - densities[order], smooth), 0.0)
     out[0] = 0.0
     return out

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .sparsity import SparsityFile
     from .template import ChatTemplate
     from .tokenizer import Tokenizer
-    from .tokenizer.lean import LeanTokenizer
 
 DEFAULT_CTX_SIZE = 4096
 NUMPY_BYTES = 24 << 20
@@ -81,19 +80,18 @@ class Model:
         budget = 0 if memory_budget is None else parse_size(memory_budget)
         self.path = Path(path)
         self._tokenizer: Tokenizer | None = None
+        self._planned: tuple[str, SparsityFile | None, str] | None = None
+        """Under a memory budget: what there is room for, the file that this means, and what "auto" decided."""
+        wanted = Needs()
         if budget:
             # Before the weights take what is left: all that generating needs counts.
             import jinja2  # noqa: F401
 
             self._tokenizer = tokenizer_within(budget, self.path)
-        lean = _lean(self._tokenizer)
-        wanted = Needs()
-        self._planned: tuple[str, SparsityFile | None, str] | None = None
-        if budget:
-            planned = known(room_for, self.path)
-            self._planned = (str(room_for), *planned)
-            if planned[0] is not None:
-                wanted = needs(planned[0], json.loads((self.path / "config.json").read_bytes()))
+            file, why = known(room_for, self.path)
+            self._planned = (str(room_for), file, why)
+            if file is not None:
+                wanted = needs(file, json.loads((self.path / "config.json").read_bytes()))
         self._core: _core.Model | None = _core.Model(
             os.fspath(path),
             threads or 0,
@@ -102,12 +100,11 @@ class Model:
             extra_bytes=wanted.extra_bytes,
             neuron_share=wanted.neuron_share,
             device=device,
-            aside_bytes=lean.peak_bytes if lean is not None else 0,
+            aside_bytes=self._tokenizer.peak_bytes if self._tokenizer is not None else 0,
             progress=None if progress is None else lambda done, total: progress("loading", done, total),
         )
-        self._within_budget = budget > 0
-        if lean is not None:
-            lean.attach(self._set_aside)
+        if self._tokenizer is not None:
+            self._tokenizer.attach(self._set_aside)
         self.config: dict[str, Any] = json.loads(self._core.config_json)
         self.n_ctx_train = int(self.config["n_ctx_train"])
         usual = self._core.memory()["n_ctx"] if budget else min(self.n_ctx_train, DEFAULT_CTX_SIZE)
@@ -253,7 +250,6 @@ class Model:
         >>> model.set_sparsity(0.4)  # doctest: +SKIP
         """
         from .packed_header import read_header
-        self._prepare_numpy()
         from .skipping import bind
         from .sparsity import choose
 
@@ -413,7 +409,7 @@ class Model:
 
     def _prepare_numpy(self) -> None:
         """Under a memory budget: makes room for NumPy before it is imported, which generating text does without."""
-        if self._within_budget and "numpy" not in sys.modules:
+        if self._planned is not None and "numpy" not in sys.modules:
             self._opened().set_aside(NUMPY_BYTES, for_good=True)
 
     def _with_session(self, start: Callable[[Session], Generation]) -> Generation:
@@ -449,14 +445,6 @@ def tokenizer_within(budget: int, path: Path) -> Tokenizer:
         weights = 0  # the core says what is wrong
     lean = load_lean(path) if budget < weights + SPARE_BYTES else None
     return lean if lean is not None else Tokenizer.load(path)
-
-
-def _lean(tokenizer: Tokenizer | None) -> LeanTokenizer | None:
-    if tokenizer is None:
-        return None
-    from .tokenizer.lean import LeanTokenizer
-
-    return tokenizer if isinstance(tokenizer, LeanTokenizer) else None
 
 
 def load(

@@ -113,21 +113,12 @@ def measure_break_even(
 
 
 def crossing(densities: Sequence[float], gain: Sequence[float]) -> float:
-    """The density at which the gain falls to 1. densities: falling. The measured gains are first made to rise as density
-    falls (neighbours that do not are averaged), so that one noisy value moves the answer little.
+    """The density at which the gain, made to rise as density falls, reaches 1. densities: falling.
 
     >>> crossing([1.0, 0.8, 0.6], [0.9, 1.1, 1.3])
     0.9
     """
-    blocks: list[tuple[float, int]] = []
-    for value in gain:
-        block = (value, 1)
-        while blocks and blocks[-1][0] >= block[0]:
-            last = blocks.pop()
-            n = last[1] + block[1]
-            block = ((last[0] * last[1] + block[0] * block[1]) / n, n)
-        blocks.append(block)
-    smooth = [value for value, n in blocks for _ in range(n)]
+    smooth = rising(gain)
     if smooth[0] >= 1:
         return densities[0]
     for i in range(1, len(smooth)):
@@ -135,6 +126,22 @@ def crossing(densities: Sequence[float], gain: Sequence[float]) -> float:
             part = (1 - smooth[i - 1]) / (smooth[i] - smooth[i - 1])
             return round(densities[i - 1] + part * (densities[i] - densities[i - 1]), 4)
     return 0.0
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The values made to rise: neighbours that fall are averaged, so that one noisy measurement moves little.
+
+    >>> rising([1.0, 3.0, 2.0])
+    [1.0, 2.5, 2.5]
+    """
+    blocks: list[tuple[float, int]] = []
+    for single in values:
+        value, n = single, 1
+        while blocks and blocks[-1][0] > value:
+            other, m = blocks.pop()
+            value, n = (value * n + other * m) / (n + m), n + m
+        blocks.append((value, n))
+    return [value for value, n in blocks for _ in range(n)]
 
 
 def cache_path(cpu: str | None = None) -> Path:
@@ -149,11 +156,7 @@ def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, flo
     """The density above which the products of a site run dense, by site, as it was measured on this processor for a model,
     instruction set and number of threads by this version; None where nothing was. Of a site's shapes the smallest counts.
     Never raises: a damaged cache counts as none."""
-    from .. import __version__
-
-    entry = _read(cache_path()).get(_key(fingerprint, isa, threads))
-    if not isinstance(entry, dict) or entry.get("version") != __version__:
-        return None
+    entry = _entry(fingerprint, isa, threads)
     out: dict[str, float] = {}
     try:
         for s in entry["shapes"]:
@@ -171,11 +174,7 @@ def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, flo
 def known_gains(fingerprint: str, isa: str, threads: int) -> dict[str, tuple[list[float], list[float]]] | None:
     """As `known_break_evens`: the densities that were measured, and the dense time over the skipping time at each, of the
     matrices that each site feeds. Of several shapes at one site the one that takes most bytes counts."""
-    from .. import __version__
-
-    entry = _read(cache_path()).get(_key(fingerprint, isa, threads))
-    if not isinstance(entry, dict) or entry.get("version") != __version__:
-        return None
+    entry = _entry(fingerprint, isa, threads)
     out: dict[str, tuple[list[float], list[float]]] = {}
     try:
         for s in sorted(entry["shapes"], key=lambda s: s["rows"] * s["cols"]):
@@ -184,6 +183,14 @@ def known_gains(fingerprint: str, isa: str, threads: int) -> dict[str, tuple[lis
     except (KeyError, TypeError, ValueError):
         return None
     return out or None
+
+
+def _entry(fingerprint: str, isa: str, threads: int) -> dict[str, Any]:
+    """What this version kept for a model, instruction set and number of threads; empty where that is nothing."""
+    from .. import __version__
+
+    entry = _read(cache_path()).get(_key(fingerprint, isa, threads))
+    return entry if isinstance(entry, dict) and entry.get("version") == __version__ else {}
 
 
 def _key(fingerprint: str, isa: str, threads: int) -> str:

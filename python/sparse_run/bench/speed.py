@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Error, UsageError
-from ..model import NUMPY_BYTES, tokenizer_within
 from .memory import major_faults, peak_rss_bytes, reset_peak_rss
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
 
 WARM_UP = 16
 HASHED = 32  # greedy tokens that the hash covers
@@ -119,7 +120,7 @@ def bench(
         memory_budget=memory_budget or 0,
         n_ctx=n_ctx if memory_budget else 0,
         device=device,
-        aside_bytes=getattr(held, "peak_bytes", 0),
+        aside_bytes=held.peak_bytes if held is not None else 0,
     )
     used_device = model.device
     try:
@@ -151,6 +152,8 @@ def bench(
         peak, faults, kv_bytes = peak_rss_bytes(), major_faults() - faults, session.kv_bytes
 
         if memory_budget:
+            from ..model import NUMPY_BYTES
+
             model.set_aside(NUMPY_BYTES, for_good=True)
         import numpy as np
 
@@ -211,15 +214,19 @@ def decoding_memory(before: dict[str, Any], after: dict[str, Any]) -> dict[str, 
     return summary({**after, **{key: after[key] - before[key] for key in COUNTERS}})
 
 
-def _held_while_generating(memory_budget: int, path: Path) -> object:
+def _held_while_generating(memory_budget: int, path: Path) -> Tokenizer:
     """What `sparse-run generate` keeps in memory besides the model."""
     import jinja2  # noqa: F401
+
+    from ..model import tokenizer_within
 
     return tokenizer_within(memory_budget, path)
 
 
 def _tokens_of_another_process(count: int, path: Path) -> list[int]:
     """`random_tokens` without NumPy in this process, which generating text does without."""
+    import subprocess
+
     n_vocab = int(json.loads((path / "config.json").read_text("utf-8"))["n_vocab"])
     code = (
         "import sys; from sparse_run.bench.speed import random_tokens; print(*random_tokens(*map(int, sys.argv[1:])))"

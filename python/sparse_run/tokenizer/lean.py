@@ -92,11 +92,9 @@ class LeanTokenizer(Tokenizer):
 
     @property
     def peak_bytes(self) -> int:
-        """What cutting a text takes at most, beside what the process has without it."""
         return self._backend.peak_bytes
 
     def attach(self, set_aside: Callable[[int], None]) -> None:
-        """`set_aside(bytes)` makes room from now on before the larger part is loaded, and is told 0 when it is gone."""
         self._backend.set_aside = set_aside
 
     def release(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,8 +114,16 @@ class Tokenizer:
         """A decoder for tokens that come one by one."""
         return TokenStream(self, skip_special=skip_special, strip_space=strip_space)
 
+    @property
+    def peak_bytes(self) -> int:
+        """What cutting text into ids takes at most beside what the process holds; 0 where nothing comes and goes (`lean`)."""
+        return 0
+
+    def attach(self, set_aside: Callable[[int], None]) -> None:
+        """`set_aside(bytes)` makes room from now on before those are taken, and is told 0 when they are given back."""
+
     def release(self) -> None:
-        """Gives back memory that only cutting text into ids needs, where that is a part of its own (`lean`)."""
+        """Gives back memory that only cutting text into ids needs."""
 
     def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         """The bytes that one token stands for; none for control tokens (unless asked) and for ids that do not exist."""
