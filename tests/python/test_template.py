@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from sparse_run.errors import ModelError, UsageError
@@ -36,6 +37,16 @@ def rendered(source: str, messages: Any = TALK, **options: Any) -> str:
     return ChatTemplate(source, variables={"bos_token": "<s>", "eos_token": "</s>"}).render(messages, **options)
 
 
+@pytest.fixture(scope="module")
+def utilities(need: Callable[[str], NoReturn]) -> Any:
+    """The module of transformers that renders templates."""
+    try:
+        from transformers.utils import chat_template_utils
+    except ImportError as error:
+        need(f"the renderer of transformers is not there ({error}): pip install transformers")
+    return chat_template_utils
+
+
 def test_chatml_and_llama3_render_as_published() -> None:
     assert rendered(CHATML) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
@@ -58,9 +69,7 @@ def test_smollm2_template_of_the_file_adds_its_own_system_prompt(smollm2_packed:
     assert "SmolLM" not in template.render(TALK)
 
 
-def test_the_same_as_transformers(smollm2_packed: Path) -> None:
-    """Where `transformers` is installed, its renderer must give the same texts."""
-    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+def test_the_same_as_transformers(smollm2_packed: Path, utilities: Any) -> None:
     smollm2 = Tokenizer.load(smollm2_packed).chat_template or ""
     with_tools = (
         "{%- for tool in tools %}\n    {{- tool | tojson(indent=2) }}\n{%- endfor %}\n"
@@ -75,8 +84,7 @@ def test_the_same_as_transformers(smollm2_packed: Path) -> None:
         assert rendered(source, tools=tools) == texts[0]
 
 
-def test_tools_their_calls_and_their_answers_reach_the_template() -> None:
-    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+def test_tools_their_calls_and_their_answers_reach_the_template(utilities: Any) -> None:
     source = (
         "{{ tools | tojson }}\n{% for m in messages %}<{{ m.role }}>{{ m.content }}"
         "{% for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}"

@@ -453,12 +453,9 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
         export_hf(tmp_path, tmp_path)
 
 
-def test_gemma_vectors_with_gemmas_vocabulary(shared_dir: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
+def test_gemma_vectors_with_gemmas_vocabulary(shared_dir: Path, gemma3_gguf: Path, tmp_path: Path) -> None:
     """Gemma 3 and 4 share their vocabulary; the vectors are of 4. 262,144 pieces, runs of spaces as pieces of their own."""
-    gguf = smollm2_gguf.with_name("gemma-3-270m-q4_k_m.gguf")
-    if not gguf.exists():
-        pytest.skip("Gemma 3 is not on this machine; fetch_models.sh gemma3 fetches it (250 MB, Gemma's terms)")
-    with GgufFile(gguf) as file:
+    with GgufFile(gemma3_gguf) as file:
         tokenizer = built(dict(file.metadata), tmp_path)
     folder = shared_dir / "data" / "tokenizers" / "vectors"
     texts = (folder / "ggml-vocab-gemma-4.gguf.inp").read_text(encoding="utf-8").split(SEPARATOR)
