@@ -44,7 +44,6 @@ Tick = Callable[[str, float, float], None]
 
 FIRST = 0.19  # the level that is tried first for a budget of 1%
 POWER = 5.0  # an increase of perplexity grows about so with the level, at the levels of budgets
-CLOSE = 0.06  # of the budget: nearer to it a search does not go
 
 Thresholds = "dict[str, list[NDArray[np.float32] | None]]"
 
@@ -297,20 +296,24 @@ class Calibration(abc.ABC):
         """The largest level found whose measured increase of perplexity is at most `budget`; 0 where none is.
 
         The next level is where the budget would be met if the increase grew as a power of the level, through the nearest
-        measured below and above. The search ends with an increase of at least 1 - CLOSE of the budget: what is left is
-        less than the noise of the held-out text."""
+        measured below and above. The search ends where that level is nearer than `resolution`. A level at which nothing
+        worth skipping is left is 0."""
         self.prepare(allocation)
         # Levels measured for other budgets are ends of the bracket as well.
         known = {t: i for (a, t), i in self._increases.items() if a == allocation}
         for _ in range(8):
             low = max([t for t, i in known.items() if i <= budget], default=0.0)
             high = min([t for t, i in known.items() if i > budget and t > low], default=self.MAX_LEVEL)
-            if high - low <= resolution or (low and known[low] >= (1 - CLOSE) * budget):
+            if high - low <= resolution or reached(known, low, budget, resolution):
                 break
-            level = aim(known, low, high, budget)
+            level = aim(known, low, high, budget, resolution)
             level = round(min(max(level, low + resolution / 2), high - resolution / 2), 4)
             known[level] = self.increase(allocation, level)
-        return max([t for t, i in known.items() if i <= budget], default=0.0)
+        return max([t for t, i in known.items() if i <= budget and not self.is_dense(allocation, t)], default=0.0)
+
+    def is_dense(self, allocation: str, target: float) -> bool:
+        """Whether nothing is skipped at a level."""
+        return not any(map(any, self.thresholds_at(allocation, target)[1].values()))
 
     # Result
 
@@ -379,25 +382,40 @@ class Calibration(abc.ABC):
         }
 
 
-def aim(known: dict[float, float], low: float, high: float, budget: float) -> float:
+def aim(known: dict[float, float], low: float, high: float, budget: float, resolution: float) -> float:
     """A level between `low` and `high` at which an increase near `budget` is likely. known: increases by level; low: the
     largest level that meets the budget, or 0; high: the smallest above it that does not, or the most that is allowed."""
-    goal = (1 - CLOSE / 2) * budget
     below, above = known.get(low, 0.0), known.get(high)
     if above is None:  # nothing above was measured
         if not low:
             return min(0.8, FIRST * math.pow(budget / 0.01, 0.35))
         # A small increase is mostly noise, and says little of how far away the budget is.
-        return low * min(1.35, math.pow(goal / below, 1 / POWER) if below > 0.1 * goal else 1.35)
-    if below <= 0.05 * goal:  # nothing below was measured, or nothing but noise
+        return low * min(1.35, math.pow(budget / below, 1 / POWER) if below > 0.1 * budget else 1.35)
+    if below <= 0.05 * budget:  # nothing below was measured, or nothing but noise
         further = [t for t in known if t > high and known[t] > above]
-        power = math.log(known[min(further)] / above) / math.log(min(further) / high) if further else POWER
-        found = high * math.pow(goal / above, 1 / min(max(power, 1.0), POWER))
+        power = growth(known, high, min(further)) if further else POWER
+        found = high * math.pow(budget / above, 1 / min(max(power, 1.0), POWER)) - resolution / 2
         return max((low + high) / 2 if low else low, found)
-    power = math.log(above / below) / math.log(high / low)
-    found = low * math.pow(goal / below, 1 / max(power, 0.1))
+    found = low * math.pow(budget / below, 1 / growth(known, low, high)) - resolution / 4
     edge = 0.1 * (high - low)  # one end that stays would make it slow
     return min(max(found, low + edge), high - edge)
+
+
+def reached(known: dict[float, float], low: float, budget: float, resolution: float) -> bool:
+    """Whether the budget would be met by a level less than `resolution` above `low`, as the increase grows between `low`
+    and the nearest other level."""
+    if known.get(low, 0.0) <= 0:
+        return False
+    others = [t for t in known if known[t] > 0 and (known[t] - known[low]) * (t - low) > 0]
+    if not others:
+        return False
+    power = growth(known, low, min(others, key=lambda t: abs(math.log(t / low))))
+    return low * (math.pow(budget / known[low], 1 / power) - 1) <= resolution
+
+
+def growth(known: dict[float, float], a: float, b: float) -> float:
+    """The power of the level with which increases above 0 grow from level a to b."""
+    return max(math.log(known[b] / known[a]) / math.log(b / a), 0.1)
 
 
 def level_text(level: float) -> str:

@@ -75,23 +75,25 @@ def worthwhile(
 ) -> NDArray[np.float64]:
     """As `rescaled`, without the sites whose levels are below the site's floor on average: such products run dense on the
     machine, so that masking their inputs would cost quality for nothing. The site furthest below its floor goes first, and
-    what it would have skipped goes to the others; where those cannot reach the target, levels stay as they are.
+    what it would have skipped goes to the others; where those cannot reach the target, levels stay as they are. Where even
+    the last site is below its floor, the target is too low for this machine, and nothing is skipped.
 
     Whole sites, never single layers: levels that differ from layer to layer by whether they are above a floor cost ten times
     the divergence. floors: [sites]."""
     import numpy as np
 
     shape = np.where(weights > 0, levels, 0.0)
-    while True:
+    held = weights.sum(0)
+    while shape.any():
         out = rescaled(shape, weights, target, top)
-        held = weights.sum(0)
         mean = (out * weights).sum(0) / np.maximum(held, 1e-30)
         short = np.where((mean > 0) & (held > 0), floors - mean, 0.0)
-        rest = shape.copy()
-        rest[:, int(short.argmax())] = 0
-        if short.max() <= 0 or (np.where(rest > 0, top, 0.0) * weights).sum() < target * weights.sum():
+        if short.max() <= 0:
             return out
-        shape = rest
+        shape[:, int(short.argmax())] = 0
+        if shape.any() and (np.where(shape > 0, top, 0.0) * weights).sum() < target * weights.sum():
+            return out
+    return shape
 
 
 def steps(

@@ -72,6 +72,10 @@ class SparsityFile:
         known = known_break_evens(self.fingerprint, model.isa, model.threads)
         return _core.Sparsity(model, self.thresholds, dense_tokens=self.dense_tokens, break_even=known)
 
+    @property
+    def skips_nothing(self) -> bool:
+        return not any(map(any, self.levels.values()))
+
     def faster(self) -> bool:
         """Whether calibration measured sparse decoding to be faster than dense decoding."""
         sparse, dense = self.quality.get("tokens_per_s"), self.quality.get("tokens_per_s_dense")
@@ -261,6 +265,8 @@ def find_auto(header: PackedHeader) -> tuple[SparsityFile | None, str]:
         if name not in there:
             continue
         file = load(path_of(header.path, name), header)
+        if file.skips_nothing:
+            return None, f"sparsity off: {name} skips nothing: nothing within its budget saves time"
         if file.faster():
             return file, f"sparsity {name}"
         return None, f"sparsity off: {name} was measured no faster than dense decoding on the machine that made it"

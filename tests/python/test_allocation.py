@@ -91,6 +91,7 @@ def test_sites_that_run_dense_are_given_up() -> None:
     assert (most * weights).sum() / weights.sum() == pytest.approx(0.85, abs=1e-6), (
         "no level is high enough: as they are"
     )
+    assert not shape.worthwhile(levels, weights, 0.01, np.full(4, 0.2), MAX_LEVEL).any(), "too little for any site"
 
 
 def test_noisy_costs_are_shrunk_towards_their_mean() -> None:

@@ -189,9 +189,16 @@ def report(file: SparsityFile) -> str:
     """What one file holds, for people."""
     q = file.quality
     sites = ", ".join(f"{site} {share:.0%}" for site, share in q["density"].items() if site != "body")
+    if file.skips_nothing:
+        wanted = file.options.get("max_ppl_increase")
+        reads = "skips nothing: no level that saves time on this machine " + (
+            f"costs at most {wanted:.3g}; allow more with --max-ppl-increase" if wanted else "is that low; raise --level"
+        )
+    else:
+        reads = f"reads {q['density'].get('body', 1.0):.1%} of the layers' weights ({sites})"
     return "\n".join(
         (
-            f"{file.name}: reads {q['density'].get('body', 1.0):.1%} of the layers' weights ({sites})",
+            f"{file.name}: {reads}",
             (
                 f"  perplexity {q['perplexity_dense']:.3f} -> {q['perplexity']:.3f} ({q['perplexity_increase']:+.2%}) on "
                 f"{q['tokens_scored']} tokens of {q['text']}; KL {q['kl_mean']:.4f} (99%: {q['kl_p99']:.3f}); the same first "
