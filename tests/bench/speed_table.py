@@ -70,8 +70,17 @@ class Table:
         )
 
     def sparse(self, name: str, model: Path, level: str) -> None:
-        words = ["bench", "-m", str(model), "--threads", str(self.args.threads), "--prompt", "16", "--gen", "32"]
-        command = [sys.executable, "-m", "sparse_run", *words, "--reps", str(self.args.pairs), "--sparsity", level]
+        """Of a random model: its thresholds need few tokens, in chunks about as long as what is decoded here."""
+        program = [sys.executable, "-m", "sparse_run"]
+        common = ["-m", str(model), "--threads", str(self.args.threads)]
+        few = ["--text", str(self.args.text), "--tokens", "512", "--eval-tokens", "256", "--ctx", "128"]
+        subprocess.run(
+            [*program, "calibrate", *common, *few, "--level", level, "--name", f"table-{level}"],
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        words = ["--prompt", "16", "--gen", "32", "--reps", str(self.args.pairs), "--sparsity", f"table-{level}"]
+        command = [*program, "bench", *common, *words]
         r = run_json([*command, "--json"], ["decode_dense_median", "decode_sparse_median", "sparse_ratio"])
         rates = zip(r["decode_dense_tokens_per_s"], r["decode_sparse_tokens_per_s"], strict=True)
         ratios = [skipping / dense for dense, skipping in rates]
