@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compare_llamacpp import ROOT, RunFailed, machine, run_json, say
+from compare_llamacpp import ROOT, RunFailed, exit_code, machine, run_json, say
 
 READERS, UNIT = 4, 1 << 20
 
@@ -158,22 +158,18 @@ def main() -> int:
     for path in (args.model, args.limit_script):
         if not path.is_file():
             parser.error(f"{path} does not exist")
-    try:
+
+    def all_budgets() -> None:
         if not args.packed.is_dir():
             say("converting")
             convert = [sys.executable, "-m", "sparse_run", "convert", str(args.model), str(args.packed), "-q"]
             subprocess.run(convert, check=True)
         size, weights = args.model.stat().st_size, args.packed / "weights.safetensors"
         results = [measure(args, percent, size, weights) for percent in args.budgets]
-    except (RunFailed, OSError, subprocess.CalledProcessError) as error:
-        say(f"no result: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted: no result")
-        return 130
-    head = {"schema": 1, "model": args.model.name, "file_bytes": size, "machine": machine(), "threads": args.threads}
-    print(json.dumps({**head, "budgets": results}))
-    return 0
+        head = {"schema": 1, "model": args.model.name, "file_bytes": size, "machine": machine(), "threads": args.threads}
+        print(json.dumps({**head, "budgets": results}))
+
+    return exit_code(all_budgets)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ def run_json(command: list[str], keys: list[str]) -> dict[str, Any]:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def exit_code(measure: Callable[[], object]) -> int:
+    """Runs the measurement that a program is for, and returns its exit code: where it fails, one line says why."""
+    try:
+        measure()
+    except (RunFailed, OSError, subprocess.CalledProcessError) as error:
+        say(f"no result: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted: no result")
+        return 130
+    return 0
 
 
 def ours(args: argparse.Namespace, *words: str) -> list[str]:
@@ -161,16 +175,13 @@ def main() -> int:
             parser.error(f"{path} does not exist")
     if args.pairs < 1:
         parser.error("--pairs must be at least 1")
-    try:
+
+    def measure() -> None:
         result = compare_perplexity(args) if args.ppl else compare_speed(args)
-    except (RunFailed, OSError) as error:
-        say(f"no result: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted: no result")
-        return 130
-    print(json.dumps({"schema": 1, "model": args.model.name, "machine": machine(), "threads": args.threads, **result}))
-    return 0
+        head = {"schema": 1, "model": args.model.name, "machine": machine(), "threads": args.threads}
+        print(json.dumps({**head, **result}))
+
+    return exit_code(measure)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ are those of Llama-3.2 (tied embeddings, vocabulary of 128,256); the tokenizer i
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,53 +23,25 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from llama_gguf import LlamaShape, TensorSource, byte_level_vocabulary, write_llama_gguf
 
+ONE_B = LlamaShape(
+    n_layers=16,
+    n_embd=2048,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=64,
+    n_ff=8192,
+    n_vocab=128256,
+    n_ctx=131072,
+    rope_theta=500000.0,
+)
 SHAPES = {
     "tiny": LlamaShape(n_layers=2, n_embd=256, n_heads=4, n_kv_heads=2, head_dim=64, n_ff=768, n_vocab=1024),
-    "1b": LlamaShape(
-        n_layers=16,
-        n_embd=2048,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=64,
-        n_ff=8192,
-        n_vocab=128256,
-        n_ctx=131072,
-        rope_theta=500000.0,
-    ),
+    "1b": ONE_B,
     # Layers and width of 1b, but more of them: 1.1 GB as q4_1, which llama.cpp maps as it lies (q4_0 it repacks into memory).
-    "1.8b": LlamaShape(
-        n_layers=25,
-        n_embd=2048,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=64,
-        n_ff=8192,
-        n_vocab=128256,
-        n_ctx=131072,
-        rope_theta=500000.0,
-    ),
+    "1.8b": dataclasses.replace(ONE_B, n_layers=25),
     # 1.1 GB as q4_0 with the vocabulary of Llama 2, as naturally sparse models (ReLU-fied Llama 2, Bamboo) have it.
-    "1.9b": LlamaShape(
-        n_layers=31,
-        n_embd=2048,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=64,
-        n_ff=8192,
-        n_vocab=32000,
-        n_ctx=4096,
-    ),
-    "3b": LlamaShape(
-        n_layers=28,
-        n_embd=3072,
-        n_heads=24,
-        n_kv_heads=8,
-        head_dim=128,
-        n_ff=8192,
-        n_vocab=128256,
-        n_ctx=131072,
-        rope_theta=500000.0,
-    ),
+    "1.9b": dataclasses.replace(ONE_B, n_layers=31, n_vocab=32000, n_ctx=4096, rope_theta=LlamaShape.rope_theta),
+    "3b": dataclasses.replace(ONE_B, n_layers=28, n_embd=3072, n_heads=24, head_dim=128),
 }
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k", "f16")
 

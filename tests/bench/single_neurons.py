@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_llamacpp import ROOT, RunFailed, machine, run_json, say
+from compare_llamacpp import ROOT, RunFailed, exit_code, machine, run_json, say
 from exact_zeros import gate_quantile, random_predictor, set_activation
 from numpy.typing import NDArray
 
@@ -186,19 +186,15 @@ def main() -> int:
     if args.child:
         child(args)
         return 0
-    try:
+
+    def all_methods() -> None:
         prepare(args.model, args.packed, args.threads)
         size = args.model.stat().st_size
         results = [measure(args, method, int(size * args.percent / 100)) for method in args.methods]
-    except (RunFailed, OSError) as error:
-        say(f"no result: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted: no result")
-        return 130
-    head = {"schema": 1, "model": args.model.name, "file_bytes": size, "machine": machine(), "threads": args.threads}
-    print(json.dumps({**head, "percent": args.percent, "methods": results}))
-    return 0
+        head = {"schema": 1, "model": args.model.name, "file_bytes": size, "machine": machine(), "threads": args.threads}
+        print(json.dumps({**head, "percent": args.percent, "methods": results}))
+
+    return exit_code(all_methods)
 
 
 if __name__ == "__main__":

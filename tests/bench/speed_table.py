@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compare_llamacpp import RunFailed, machine, run_json, say
+from compare_llamacpp import exit_code, machine, run_json, say
 
 HERE = Path(__file__).resolve().parent
 SMOL, GEMMA = "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"
@@ -151,17 +151,13 @@ def main() -> int:
     print(
         f"{machine()}, {args.threads} threads, {args.pairs} pairs\n\n| | sparse-run | llama.cpp | ratio |\n|---|---|---|---|"
     )
-    try:
+
+    def measure() -> None:
         for name in names:
             say(f"-- {name}")
             rows[name]()
-    except (RunFailed, OSError, subprocess.CalledProcessError) as error:
-        say(f"no further result: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    return 0
+
+    return exit_code(measure)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ import subprocess
 import sys
 import time
 
-
-class RunFailed(Exception):
-    """A run did not end well or printed nothing."""
+from compare_llamacpp import RunFailed, exit_code, run_json
 
 
 def command(model: str, threads: int, prompt: str) -> list[str]:
@@ -28,6 +26,12 @@ def command(model: str, threads: int, prompt: str) -> list[str]:
         sys.executable, "-m", "sparse_run", "generate", "-m", model, "-p", prompt, "-n", "2", "--temp", "0",
         "--threads", str(threads), "-q",
     ]  # fmt: skip
+
+
+def weighing(model: str) -> list[str]:
+    """The shortest run that tells how large the weights are."""
+    small = ["--prompt", "1", "--gen", "1", "--reps", "1", "--json"]
+    return [sys.executable, "-m", "sparse_run", "bench", "-m", model, *small]
 
 
 def measure(words: list[str]) -> tuple[float, float, int]:
@@ -47,32 +51,6 @@ def measure(words: list[str]) -> tuple[float, float, int]:
     return to_first, total, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def weight_bytes(model: str) -> int:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sparse_run",
-            "bench",
-            "-m",
-            model,
-            "--prompt",
-            "1",
-            "--gen",
-            "1",
-            "--reps",
-            "1",
-            "--json",
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RunFailed(done.stderr.strip()[-2000:])
-    return int(json.loads(done.stdout)["weight_bytes"])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -81,27 +59,26 @@ def main() -> int:
     parser.add_argument("-p", "--prompt", default="Once upon a time")
     args = parser.parse_args()
     words = command(args.model, args.threads, args.prompt)
-    try:
+
+    def report() -> None:
         measure(words)  # converts where that is needed; the files are then in the page cache
         runs = [measure(words) for _ in range(max(1, args.reps))]
-        size = weight_bytes(args.model)
-    except (RunFailed, OSError) as error:
-        print(f"no result: {error}", file=sys.stderr)
-        return 1
-    first, total, peak = ([run[i] for run in runs] for i in range(3))
-    result = {
-        "schema": 1,
-        "model": args.model,
-        "threads": args.threads,
-        "first_token_seconds": first,
-        "first_token_median": statistics.median(first),
-        "total_median": statistics.median(total),
-        "weight_bytes": size,
-        "peak_rss_bytes": max(peak),
-        "peak_over_weights_bytes": max(peak) - size,
-    }
-    print(json.dumps(result))
-    return 0
+        size = int(run_json(weighing(args.model), ["weight_bytes"])["weight_bytes"])
+        first, total, peak = ([run[i] for run in runs] for i in range(3))
+        result = {
+            "schema": 1,
+            "model": args.model,
+            "threads": args.threads,
+            "first_token_seconds": first,
+            "first_token_median": statistics.median(first),
+            "total_median": statistics.median(total),
+            "weight_bytes": size,
+            "peak_rss_bytes": max(peak),
+            "peak_over_weights_bytes": max(peak) - size,
+        }
+        print(json.dumps(result))
+
+    return exit_code(report)
 
 
 if __name__ == "__main__":
