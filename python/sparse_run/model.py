@@ -67,6 +67,7 @@ class Model:
         memory_budget: str | int | None = None,
         room_for: str | float | None = None,
         device: str = "cpu",
+        mmap: bool | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Opens a packed model directory; `Model.load` also takes GGUF files and names."""
@@ -95,6 +96,7 @@ class Model:
         self._core: _core.Model | None = _core.Model(
             os.fspath(path),
             threads or 0,
+            mmap=mmap,
             memory_budget=budget,
             n_ctx=(ctx_size or 0) if budget else 0,
             extra_bytes=wanted.extra_bytes,
@@ -129,6 +131,7 @@ class Model:
         memory_budget: str | int | None = None,
         room_for: str | float | None = None,
         device: str = "cpu",
+        mmap: bool | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Opens a packed directory, a GGUF file (converted into the cache on first use) or a known name; None is the default
@@ -142,6 +145,8 @@ class Model:
         room_for: only with a memory budget: what `set_sparsity` will be given. Its memory counts, and where it names the neurons
         that a token needs, and the model has a file of them (`convert --order`), single neurons are held and read.
         device: "cpu", "cuda" (needs a build with CUDA and a GPU), or "auto", the GPU where there is one that the model fits.
+        mmap: True maps the weights' file, False reads it into memory, which decodes faster; None reads it where that takes at
+        most half of the memory that is free. Not with a memory budget, which has a way of its own.
         progress: called with (what, done, total) in bytes while a conversion or a download runs, or weights are read.
 
         Raises ModelError where the model is missing, damaged or of an unsupported kind; UsageError for impossible options;
@@ -157,6 +162,7 @@ class Model:
             memory_budget=memory_budget,
             room_for=room_for,
             device=device,
+            mmap=mmap,
             progress=progress,
         )
 
@@ -174,6 +180,11 @@ class Model:
     def device(self) -> str:
         """The name of the GPU that runs the model, or "cpu"."""
         return self._opened().device
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the weights are mapped from their file, not read into memory."""
+        return self._opened().mapped
 
     @property
     def isa(self) -> str:
@@ -455,6 +466,8 @@ def load(
     chat_template: str | None = None,
     memory_budget: str | int | None = None,
     room_for: str | float | None = None,
+    device: str = "cpu",
+    mmap: bool | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Short for `Model.load`."""
@@ -465,5 +478,7 @@ def load(
         chat_template=chat_template,
         memory_budget=memory_budget,
         room_for=room_for,
+        device=device,
+        mmap=mmap,
         progress=progress,
     )

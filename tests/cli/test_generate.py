@@ -74,6 +74,14 @@ def test_a_seed_repeats(run_cli: Run, stories_packed: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_mapping_or_reading_the_weights_does_not_change_the_text(generate: Run, wanted: str) -> None:
+    for choice in ("--mmap", "--no-mmap"):
+        done = generate("-p", PROMPT, choice)
+        assert (done.returncode, done.stdout, done.stderr) == (0, wanted + "\n", ""), choice
+        both = generate("-p", PROMPT, choice, "--memory-budget", "200M")
+        assert both.returncode == 2 and "--memory-budget" in both.stderr and not both.stdout
+
+
 def test_threads_do_not_change_the_text(generate: Run, wanted: str) -> None:
     for threads in ("1", "2", "3"):
         assert generate("-p", PROMPT, "-t", threads).stdout == wanted + "\n"

@@ -378,6 +378,14 @@ class TestModel:
         assert 50e6 < smollm2.bytes_per_token <= smollm2.weight_bytes < 110e6
         assert smollm2.isa in {"generic", "avx2", "avx512", "neon"}
 
+    def test_weights_are_mapped_or_read_as_asked_and_logits_are_the_same(self, smollm2_packed: Path) -> None:
+        logits = []
+        for mmap in (True, False):
+            with sr.load(smollm2_packed, threads=2, ctx_size=256, mmap=mmap) as model:
+                assert model.mapped is mmap
+                logits.append(model.logits(model.tokenize("The quick brown fox")))
+        assert np.array_equal(*logits)
+
     def test_the_context_is_the_models_own_at_most_4096(self, smollm2_packed: Path, stories_packed: Path) -> None:
         with sr.Model(smollm2_packed) as model:
             assert model.ctx_size == 4096

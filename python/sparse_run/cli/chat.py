@@ -9,16 +9,13 @@ import click
 from ..errors import UsageError
 from ..sampling import Sampling
 from .common import (
-    budget_option,
-    ctx_option,
-    device_option,
+    Opening,
     load_model,
     model_option,
+    opening_options,
     read_text,
     sampling_options,
-    sparsity_option,
     stats_option,
-    threads_option,
     verbosity_options,
 )
 
@@ -43,12 +40,8 @@ from .common import (
     help="Longest answer in tokens; -1 is up to the end of the context.",
 )
 @sampling_options
-@sparsity_option
-@budget_option
+@opening_options
 @stats_option
-@threads_option
-@device_option
-@ctx_option
 @verbosity_options
 def command(
     model: str | None,
@@ -59,12 +52,8 @@ def command(
     chat_template_file: str | None,
     max_tokens: int,
     sampling: Sampling,
-    sparsity: str | None,
-    memory_budget: str | None,
+    opening: Opening,
     stats: bool,
-    threads: int | None,
-    device: str,
-    ctx_size: int | None,
     quiet: bool,
     verbose: int,
 ) -> None:
@@ -93,29 +82,20 @@ def command(
     if chat_template_file is not None:
         chat_template = read_text(chat_template_file)
     first = [text for text in (prompt, None if file is None else read_text(file)) if text is not None]
-    opening = "\n\n".join(first)
-    if first and not opening.strip():
+    message = "\n\n".join(first)
+    if first and not message.strip():
         raise UsageError("the first message is empty")
     interactive = sys.stdin is not None and sys.stdin.isatty() and file != "-"
     with (
-        load_model(
-            model,
-            threads=threads,
-            ctx_size=ctx_size,
-            quiet=quiet,
-            chat_template=chat_template,
-            sparsity=sparsity,
-            memory_budget=memory_budget,
-            device=device,
-        ) as opened,
+        load_model(model, opening, quiet=quiet, chat_template=chat_template) as opened,
         opened.session() as session,
     ):
         conversation = Conversation(opened, session, sampling, max_tokens=max_tokens, system=system_prompt)
         loop = ChatLoop(conversation, interactive=interactive, quiet=quiet, verbose=stats or verbose > 0)
         if interactive:
-            code = loop.talk(opening)
+            code = loop.talk(message)
         elif first:
-            code = loop.one(opening)
+            code = loop.one(message)
         else:
             code = loop.lines(sys.stdin or ())
     if code:

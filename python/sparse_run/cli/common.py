@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -187,6 +188,48 @@ def sampling_options(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How a command that makes text opens its model, as `load_model` takes it."""
+
+    threads: int | None
+    ctx_size: int | None
+    sparsity: str | None
+    memory_budget: str | None
+    device: str
+    mmap: bool | None
+
+
+def opening_options(function: F) -> F:
+    """Gives the command `opening: Opening`."""
+
+    @sparsity_option
+    @budget_option
+    @click.option(
+        "--mmap/--no-mmap",
+        default=None,
+        help="Map the weights' file, or read it into memory, which is faster later.  [default: read it where it takes at most "
+        "half of the free memory]",
+    )
+    @threads_option
+    @device_option
+    @ctx_option
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any,
+        threads: int | None,
+        ctx_size: int | None,
+        sparsity: str | None,
+        memory_budget: str | None,
+        device: str,
+        mmap: bool | None,
+        **kwargs: Any,
+    ) -> Any:
+        return function(*args, opening=Opening(threads, ctx_size, sparsity, memory_budget, device, mmap), **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One object on one line on stdout, `schema` first; text stays readable (UTF-8, not escapes)."""
     print(json.dumps({"schema": 1, **value}, ensure_ascii=False), flush=True)
@@ -307,38 +350,33 @@ def _size(count: int) -> str:
 
 
 def load_model(
-    model: str | None,
-    *,
-    threads: int | None = None,
-    ctx_size: int | None = None,
-    quiet: bool = False,
-    chat_template: str | None = None,
-    sparsity: str | None = None,
-    memory_budget: str | None = None,
-    device: str = "cpu",
+    model: str | None, opening: Opening, *, quiet: bool = False, chat_template: str | None = None
 ) -> Model:
     """Finds the model (converting or downloading it where that is needed, with a bar) and opens it. Under a memory budget it
     says on stderr what will happen."""
     from ..memory import parse_size
     from ..model import Model
 
-    if memory_budget is not None:
-        parse_size(memory_budget)  # before anything is downloaded or converted
+    if opening.memory_budget is not None:  # before anything is downloaded or converted
+        parse_size(opening.memory_budget)
+        if opening.mmap is not None:
+            raise UsageError("--mmap and --no-mmap say what --memory-budget decides; leave one of them out")
     with Progress(quiet=quiet) as progress:
         opened = Model.load(
             model,
-            threads=threads,
-            ctx_size=ctx_size,
+            threads=opening.threads,
+            ctx_size=opening.ctx_size,
             chat_template=chat_template,
-            memory_budget=memory_budget,
-            room_for=sparsity,
-            device=device,
+            memory_budget=opening.memory_budget,
+            room_for=opening.sparsity,
+            device=opening.device,
+            mmap=opening.mmap,
             progress=progress,
         )
     try:
-        if memory_budget is not None and not quiet:
+        if opening.memory_budget is not None and not quiet:
             say_budget(opened.stats()["memory"])
-        apply_sparsity(opened, sparsity, quiet=quiet)
+        apply_sparsity(opened, opening.sparsity, quiet=quiet)
     except BaseException:
         opened.close()
         raise

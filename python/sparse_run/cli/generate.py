@@ -10,19 +10,16 @@ from ..errors import UsageError
 from ..memory import stats_text
 from ..sampling import Sampling
 from .common import (
+    Opening,
     Waiting,
-    budget_option,
-    ctx_option,
-    device_option,
     json_option,
     load_model,
     model_option,
+    opening_options,
     print_json,
     read_text,
     sampling_options,
-    sparsity_option,
     stats_option,
-    threads_option,
     timings_line,
     verbosity_options,
 )
@@ -51,12 +48,8 @@ from .common import (
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end tokens.")
 @sampling_options
-@sparsity_option
-@budget_option
+@opening_options
 @stats_option
-@threads_option
-@device_option
-@ctx_option
 @json_option
 @verbosity_options
 def command(
@@ -69,12 +62,8 @@ def command(
     stop: tuple[str, ...],
     ignore_eos: bool,
     sampling: Sampling,
-    sparsity: str | None,
-    memory_budget: str | None,
+    opening: Opening,
     stats: bool,
-    threads: int | None,
-    device: str,
-    ctx_size: int | None,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -99,15 +88,7 @@ def command(
     if chat and not text.strip():
         raise UsageError("the prompt is empty")
     with (
-        load_model(
-            model,
-            threads=threads,
-            ctx_size=ctx_size,
-            quiet=quiet,
-            sparsity=sparsity,
-            memory_budget=memory_budget,
-            device=device,
-        ) as opened,
+        load_model(model, opening, quiet=quiet) as opened,
         opened.session() as session,
     ):
         limit = None if max_tokens < 0 else max_tokens
