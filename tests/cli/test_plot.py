@@ -139,6 +139,12 @@ def test_nothing_to_draw_and_what_is_no_table(run_cli: RunCli, tmp_path: Path, s
         assert len(done.stderr.strip().splitlines()) == 1 and not out.exists()
     with pytest.raises(UsageError, match="no entry has"):
         pictures.of_peer(_write(tmp_path / "peer.json", '[{"name": "x"}]'))
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_DATA_HOME": str(tmp_path / "data")}
+    unnamed = run_cli("plot", "-o", out, env=home)  # and the default model is not fetched for it
+    assert unnamed.returncode == 2 and "-m MODEL" in unnamed.stderr and "--table FILE" in unnamed.stderr
+    named = run_cli("plot", "-m", "smollm2-135m", "-o", out, env=home)
+    assert named.returncode == 4 and "smollm2-135m" in named.stderr
+    assert not out.exists() and not (tmp_path / "data").exists()
     missing = run_cli("plot", "--table", tmp_path / "none.json")
     assert missing.returncode == 2 and "cannot be read" in missing.stderr
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from sparse_run import _core
+from sparse_run.errors import UsageError
 from sparse_run.eval.choice import read_questions, score
 from sparse_run.eval.perplexity import log_softmax
 from sparse_run.packed_header import SITES, read_header
@@ -53,3 +55,35 @@ def test_task_on_the_command_line(smollm2_packed: Path, shared_dir: Path, run_cl
     assert r["accuracy"] >= 0.4, "guessing gives 0.25"
     for words in (("--task", "piqa"), (), ("--task", "piqa", "--text", data, "--data", data)):
         assert run_cli("eval", "-m", smollm2_packed, *words).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"query": "What?", "choices": ["a", "b"]}',
+        '{"query": "What?", "choices": ["a", "b"], "gold": "first"}',
+        '{"query": "What?", "choices": ["a"], "gold": 0}',
+        '{"query": "What?", "choices": ["a", "b"], "gold": 2}',
+        '{"query": "What?", "choices": 3, "gold": 0}',
+        '{"context_options": ["a", "b"], "continuation": 3, "gold": 0}',
+        "[1, 2]",
+        "context only",
+    ],
+)
+def test_what_is_no_question_is_said_in_words_of_the_format(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(UsageError) as refused:
+        read_questions(path, "piqa")
+    said = str(refused.value)
+    assert said.startswith(f"{path}: question 1 is not one of piqa, which is ") and "JSON" in said, said
+    for words in ("Expecting", "unpack", "invalid literal", "object", "NoneType"):
+        assert words not in said
+
+
+def test_a_task_s_file_that_is_no_text_or_empty_is_named(tmp_path: Path) -> None:
+    for data, words in ((b"BZh9 cut", "bzip2"), (b"\xff\xfe", "UTF-8"), (b"\n\n", "no questions")):
+        (tmp_path / "data").write_bytes(data)
+        with pytest.raises(UsageError, match=words):
+            read_questions(tmp_path / "data", "piqa")

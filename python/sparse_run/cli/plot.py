@@ -43,7 +43,7 @@ def command(
     quiet: bool,
     verbose: int,
 ) -> None:
-    """Draw what sparsity costs and brings.
+    """Draw what sparsity costs and brings. Without -m or --table: of the default model, where it is on this machine.
 
     frontier: perplexity against tokens a second, one line a method. density: what each layer and site keeps. predictor:
     recall against density of trained predictors. Each is drawn where there are figures for it. Needs matplotlib:
@@ -55,6 +55,7 @@ def command(
     """
     from .. import pictures, registry
     from .. import sparsity as files
+    from ..errors import ModelError
 
     if model is not None and model_argument is not None and model != model_argument:
         raise click.UsageError(f"two models are named, {model_argument!r} and -m {model!r}; name one")
@@ -64,8 +65,16 @@ def command(
     pictures.load_matplotlib()
     parts = [pictures.of_table(path) for path in tables]
     if model is not None or not tables:
-        with Progress(quiet=quiet) as progress:
-            path = registry.resolve(model, progress=progress)
+        # A model that is fetched or converted now has nothing measured.
+        try:
+            with Progress(quiet=quiet) as progress:
+                path = registry.resolve(model, progress=progress, pull=False)
+        except ModelError:
+            if model is not None:
+                raise
+            raise click.UsageError(
+                "nothing to draw: name a model that was calibrated with -m MODEL, or measurements with --table FILE"
+            ) from None
         header = files.read_header(path)
         names = list(chosen) or files.names(path)
         parts.append(pictures.of_files([files.resolve(name, header) for name in names]))

@@ -33,6 +33,11 @@ DELIMITERS = {
     "boolq": "\nAnswer: ",
 }
 TASKS = tuple(DELIMITERS)
+_JSON_FORM = (
+    'a line of JSON with "query", two or more "choices" and "gold", the number of the right one from 0 on, or with '
+    '"context_options", "continuation" and "gold"'
+)
+_TEXT_FORM = "a line of JSON that begins with {, or six lines: context, number of the right ending from 0 on, four endings"
 
 
 @dataclass(frozen=True)
@@ -68,20 +73,20 @@ def read_questions(path: str | Path, task: str, limit: int | None = None) -> lis
     data = path.read_bytes()
     try:
         text = (bz2.decompress(data) if data[:3] == b"BZh" else data).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: neither text nor bzip2 ({error}); give the task's file") from None
+    except (OSError, ValueError):
+        raise UsageError(f"{path}: neither UTF-8 text nor a whole bzip2 file; give the task's file") from None
     lines = [line for line in text.splitlines() if line.strip()]
-    reader = _json_lines(lines, DELIMITERS[task]) if lines and lines[0].startswith("{") else _six_lines(lines)
+    as_json = bool(lines) and lines[0].startswith("{")
+    reader = _json_lines(lines, DELIMITERS[task]) if as_json else _six_lines(lines)
     out: list[Question] = []
     try:
         for question in itertools.islice(reader, limit):
             if len(question.contexts) < 2 or not 0 <= question.gold < len(question.contexts):
-                raise ValueError("too few answers, or the right one is not among them")
+                raise ValueError
             out.append(question)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path}: question {len(out) + 1} is not one of {task} ({error}); give the task's file"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        wanted = _JSON_FORM if as_json else _TEXT_FORM
+        raise UsageError(f"{path}: question {len(out) + 1} is not one of {task}, which is {wanted}") from None
     if not out:
         raise UsageError(f"{path}: no questions; give the task's file")
     return out
