@@ -23,11 +23,11 @@ from .errors import (
     UnsupportedModelError,
     UsageError,
 )
-from .sampling import Sampling
 
 if TYPE_CHECKING:
     from .generation import Generation, Timings
     from .model import Message, Model, load
+    from .sampling import Sampling
     from .session import Session
     from .template import ChatTemplate
     from .tokenizer import Tokenizer
@@ -61,6 +61,7 @@ _HOMES = {
     "Generation": "generation",
     "Message": "model",
     "Model": "model",
+    "Sampling": "sampling",
     "Session": "session",
     "Timings": "generation",
     "Tokenizer": "tokenizer",

@@ -202,6 +202,29 @@ def test_progress_is_short_where_nobody_watches() -> None:
     assert quiet.getvalue() == ""
 
 
+@pytest.mark.parametrize("importing", ["click", "sparse_run.cli", "sparse_run.cli.list_"])
+def test_ctrl_c_before_the_command_runs_is_exit_130_and_nothing_else(importing: str) -> None:
+    """Sent while a module is being imported: click, what needs it, and a command's own."""
+    program = f"""
+import os, signal, sys
+class Interrupting:
+    def find_spec(name, path=None, target=None):
+        if name == {importing!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting)
+from sparse_run.__main__ import main
+sys.argv = ["sparse-run", "list"]
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")  # click ends the line of ^C
+
+
+def test_the_installed_command_begins_where_ctrl_c_is_handled(project_root: Path) -> None:
+    assert 'sparse-run = "sparse_run.__main__:main"' in (project_root / "pyproject.toml").read_text("utf-8")
+
+
 def test_output_is_text_even_without_utf8(run_cli: Run, stories_packed: Path) -> None:
     environment = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     done = run_cli("generate", "-m", stories_packed, "-p", "Zoë", "-n", "8", "--temp", "0", env=environment)
