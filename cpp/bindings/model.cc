@@ -17,13 +17,15 @@ namespace {
 // is raised.
 std::unique_ptr<PyModel> open_model(const std::string& path, int threads, std::optional<bool> mmap, size_t budget,
                                     int n_ctx, size_t extra_bytes, const py::object& progress,
-                                    const std::string& device, double neuron_share, size_t aside_bytes) {
+                                    const std::string& device, double neuron_share, size_t aside_bytes,
+                                    size_t device_memory) {
   ModelOptions options;
   options.path = path;
   options.threads = threads;
   options.device = device;
   if (mmap) options.memory = *mmap ? WeightMemory::mapped : WeightMemory::copied;
   options.memory_budget = budget;
+  options.device_memory = device_memory;
   options.n_ctx = n_ctx;
   options.extra_bytes = extra_bytes;
   options.neuron_share = neuron_share;
@@ -87,6 +89,18 @@ py::dict memory_dict(const PyModel& self) {
   return d;
 }
 
+py::dict device_memory_dict(const PyModel& self) {
+  const DeviceMemory m = self.get().device_memory();
+  py::dict d;
+  d["budget_bytes"] = m.budget;
+  d["floor_bytes"] = m.floor;
+  d["weight_bytes"] = m.weights;
+  d["cpu_weight_bytes"] = m.cpu_weights;
+  d["cpu_layers"] = m.cpu_layers;
+  d["hot_share"] = m.hot_share;
+  return d;
+}
+
 }  // namespace
 
 void bind_model(py::module_& m) {
@@ -94,8 +108,9 @@ void bind_model(py::module_& m) {
       .def(py::init(&open_model), py::arg("path"), py::arg("threads") = 0, py::arg("mmap") = py::none(),
            py::arg("memory_budget") = 0, py::arg("n_ctx") = 0, py::arg("extra_bytes") = 0,
            py::arg("progress") = py::none(), py::arg("device") = "cpu", py::arg("neuron_share") = 0.0,
-           py::arg("aside_bytes") = 0)
+           py::arg("aside_bytes") = 0, py::arg("device_memory") = 0)
       .def("memory", &memory_dict)
+      .def("device_memory", &device_memory_dict)
       .def("set_aside",
            [](PyModel& self, size_t bytes, bool for_good) {
              Model model = self.get();

@@ -1,12 +1,14 @@
-// Set-up: weights to the device, working memory, masks; and the forward pass that the session calls. The pass itself is in
-// cuda/pass.cc.
+// Set-up: weights to the device, working memory, masks; and the forward pass that the session calls. The pass itself is
+// in cuda/pass.cc.
 #include "cuda/decoder.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "cuda/layer.h"
+#include "cuda/split.h"
 #include "format/packed_model.h"
+#include "model/row_ops.h"
 
 namespace sr {
 namespace cuda {
@@ -16,76 +18,167 @@ constexpr const char* kWorkspace = "the model's working memory";
 constexpr const char* kWeights = "the weights";
 constexpr const char* kContext = "the cached keys and values";
 constexpr size_t kMaxPlans = 8;  // device copies of thresholds that are kept
+constexpr int kUsualContext = 4096;
+constexpr int kBestScratch = 512;  // floats of argmax
+// Left free where no budget was given: for the driver's own needs and what allocations are rounded up to.
+constexpr size_t kMostReserve = size_t(256) << 20;
 
 std::string megabytes(size_t n) { return std::to_string((n + 999999) / 1000000) + " MB"; }
 
-size_t weights_bytes(const DecoderWeights& w) {
-  size_t n = 0;
-  const auto add = [&](const Linear& m) {
-    for (const PanelMatrix& p : m.parts) n += device_bytes(p);
-  };
-  add(w.token_embd);
-  add(w.output);
+size_t ffn_bytes(const LayerWeights& l) {
+  return device_bytes(l.ffn_in) + device_bytes(l.ffn_rows) + device_bytes(l.ffn_down);
+}
+
+// Logits of a token, every part of the head padded to whole tiles.
+size_t padded_logits(const DecoderConfig& c) { return size_t(c.n_vocab) + size_t(kMaxParts) * kTileRows; }
+
+size_t bytes_without_ffn(const DecoderWeights& w, const DecoderConfig& c) {
+  size_t floats = 0, n = device_bytes(w.token_embd) + device_bytes(w.output);
+  const auto add = [&](const Norm& norm, int width) { floats += (bool(norm) + bool(norm.bias)) * size_t(width); };
+  const bool full = c.qk_norm == QkNorm::full;
+  add(w.output_norm, c.n_embd);
+  if (w.position_embd) floats += size_t(w.n_positions) * size_t(c.n_embd);
   for (const LayerWeights& l : w.layers) {
-    for (const Linear* m : {&l.attn_qkv, &l.attn_o, &l.ffn_in, &l.ffn_down}) add(*m);
-    if (l.ffn_rows) n += l.ffn_rows.m.total_bytes();
+    n += device_bytes(l.attn_qkv) + device_bytes(l.attn_o) + l.head_at.size() * sizeof(int);
+    for (const Norm* norm : {&l.attn_norm, &l.ffn_norm, &l.post_attn_norm, &l.post_ffn_norm}) add(*norm, c.n_embd);
+    add(l.q_norm, full ? c.n_attn() : c.head_dim);
+    add(l.k_norm, full ? c.n_kv() : c.head_dim);
+    add(l.attn_sub_norm, c.n_attn());
+    add(l.ffn_sub_norm, c.n_ff);
   }
-  return n;
+  if (c.rope_style != RopeStyle::none) n += 4 * size_t(c.rope_dims / 2) * sizeof(double);
+  return n + floats * sizeof(float);
 }
 
 }  // namespace
 
-DeviceKv::DeviceKv(const DecoderConfig& c, int n_ctx) : n_ctx_(n_ctx) {
+void DeviceRoom::take(size_t bytes, int n_ctx) {
+  const int64_t left = left_.fetch_sub(int64_t(bytes));
+  if (left >= int64_t(bytes)) return;
+  give_back(bytes);
+  throw Error(ErrorCode::budget,
+              "not enough GPU memory for a context of " + std::to_string(n_ctx) + " tokens (" + megabytes(bytes) +
+                  ", " + megabytes(size_t(std::max<int64_t>(left, 0))) +
+                  " left): use a smaller context (--ctx-size), more of the device (--device-memory), or "
+                  "--device cpu");
+}
+
+size_t DeviceKv::device_bytes(const DecoderConfig& c, int n_ctx) {
+  return 4 * size_t(c.n_layers) * size_t(c.n_kv_heads) * size_t(c.head_dim) * size_t(n_ctx) +
+         padded_logits(c) * sizeof(float);
+}
+
+DeviceKv::DeviceKv(const DecoderConfig& c, int n_ctx, std::shared_ptr<DeviceRoom> room)
+    : n_ctx_(n_ctx), room_(std::move(room)) {
   layer_entries_ = size_t(c.n_kv_heads) * size_t(n_ctx) * size_t(c.head_dim);
   bytes_per_position_ = 4 * size_t(c.n_layers) * size_t(c.n_kv_heads) * size_t(c.head_dim);
   const size_t entries = layer_entries_ * size_t(c.n_layers);
-  size_t free_bytes = 0, total = 0;
-  check(cudaMemGetInfo(&free_bytes, &total), kContext);
-  if (4 * entries > free_bytes) {
-    throw Error(ErrorCode::budget, "not enough GPU memory for a context of " + std::to_string(n_ctx) + " tokens (" +
-                                       megabytes(4 * entries) + ", " + megabytes(free_bytes) +
-                                       " free): use a smaller context (--ctx-size), or --device cpu");
+  if (room_) {
+    room_->take(device_bytes(c, n_ctx), n_ctx);
+    taken_ = device_bytes(c, n_ctx);
   }
-  k_.reset(entries, kContext);
-  v_.reset(entries, kContext);
+  try {
+    k_.reset(entries, kContext);
+    v_.reset(entries, kContext);
+    logits_.reset(padded_logits(c), kContext);
+  } catch (...) {
+    if (room_) room_->give_back(taken_);
+    throw;
+  }
 }
 
-DeviceKv::~DeviceKv() { drop_graph(); }
+DeviceKv::~DeviceKv() {
+  drop_pieces();
+  if (room_) room_->give_back(taken_);
+}
 
-void DeviceKv::drop_graph() {
-  if (graph_) cudaGraphExecDestroy(graph_);
-  graph_ = nullptr;
+void DeviceKv::drop_pieces() {
+  for (const Piece& p : pieces_) cudaGraphExecDestroy(p.graph);
+  pieces_.clear();
+  plan_ = 0;
 }
 
 AttendView DeviceKv::view(const DecoderConfig& c, int layer) const {
   const size_t at = size_t(layer) * layer_entries_;
-  return {k_.data() + at, v_.data() + at, n_ctx_, c.n_heads, c.n_kv_heads, c.head_dim, c.window[size_t(layer)], c.attn_scale,
-          c.attn_softcap};
+  return {k_.data() + at,  v_.data() + at, n_ctx_, c.n_heads, c.n_kv_heads, c.head_dim, c.window[size_t(layer)],
+          c.attn_scale, c.attn_softcap};
 }
 
-DeviceDecoder::DeviceDecoder(const PackedModel& model)
+DeviceDecoder::DeviceDecoder(const PackedModel& model, const DeviceOptions& options)
     : config_(read_decoder_config(model)), weights_(load_weights(model, config_, 1)) {
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "its properties");
   name_ = device.name;
   multiprocessors_ = device.multiProcessorCount;
   if (config_.head_dim > kMaxHeadDim) {
-    throw Error(ErrorCode::unsupported, "heads of " + std::to_string(config_.head_dim) + " dimensions are not supported on a GPU (" +
-                                            std::to_string(kMaxHeadDim) + " at most): use --device cpu");
+    throw Error(ErrorCode::unsupported, "heads of " + std::to_string(config_.head_dim) +
+                                            " dimensions are not supported on a GPU (" + std::to_string(kMaxHeadDim) +
+                                            " at most): use --device cpu");
   }
-  size_t free_bytes = 0, total = 0;
-  check(cudaMemGetInfo(&free_bytes, &total), "its free memory");
-  device_bytes_ = weights_bytes(weights_);
-  if (device_bytes_ > free_bytes) {
-    throw Error(ErrorCode::budget, "not enough GPU memory for the weights (" + megabytes(device_bytes_) + ", " +
-                                       megabytes(free_bytes) + " free on " + name_ +
-                                       "): use a smaller model, or --device cpu");
-  }
-  load(model);
+  true_zeros_ = has_true_zeros(config_);
+  load(divide(model, options), options.threads);
   make_buffers();
 }
 
 DeviceDecoder::~DeviceDecoder() = default;
+
+// Attention, norms, head, working memory and a context come first, then as many of the FFNs' neurons as fit.
+std::vector<std::vector<int>> DeviceDecoder::divide(const PackedModel& model, const DeviceOptions& options) {
+  const DecoderConfig& c = config_;
+  size_t free_bytes = 0, total = 0;
+  check(cudaMemGetInfo(&free_bytes, &total), "its free memory");
+  if (options.memory > free_bytes) {
+    throw Error(ErrorCode::budget, "a device memory budget of " + megabytes(options.memory) + " is more than the " +
+                                       megabytes(free_bytes) + " free on " + name_ + ": give less (--device-memory)");
+  }
+  const size_t budget = options.memory ? options.memory : free_bytes - std::min(free_bytes / 16, kMostReserve);
+  size_t working = 0;
+  const Widths w = widths();
+  for_buffers(w, [&](auto& buffer, size_t n) { working += n * sizeof(*buffer.data()); });
+  for (int width : {c.n_embd, c.n_embd, c.n_attn(), c.n_ff}) working += DeviceVectors::bytes(kMaxBlock, width);
+  working += DeviceVectors::bytes(kHeadRows, c.n_embd);
+  int n_ctx = options.n_ctx ? options.n_ctx : std::min(kUsualContext, c.n_ctx_train);
+  if (!options.n_ctx && weights_.n_positions) n_ctx = std::min(n_ctx, weights_.n_positions);
+  const size_t fixed = bytes_without_ffn(weights_, c), context = DeviceKv::device_bytes(c, n_ctx);
+  floor_ = fixed + working + context;
+
+  std::vector<FfnUnits> units;
+  size_t ffns = 0;
+  for (const LayerWeights& l : weights_.layers) {
+    const int count = c.n_ff / kTileRows;
+    ffns += ffn_bytes(l);
+    units.push_back({count, (ffn_bytes(l) + size_t(count) - 1) / size_t(count), bool(l.ffn_sub_norm)});
+  }
+  const bool divided = floor_ + ffns > budget;
+  if (divided && floor_ > budget) {
+    throw Error(ErrorCode::budget,
+                (options.memory
+                     ? "a device memory budget of " + megabytes(budget) + " is too small on " + name_
+                     : "not enough GPU memory for this model (" + megabytes(budget) + " to be had on " + name_ + ")") +
+                    ": attention, head and norms take " + megabytes(fixed) + ", working memory " + megabytes(working) +
+                    ", a context of " + std::to_string(n_ctx) + " tokens " + megabytes(context) + ", together " +
+                    megabytes(floor_) +
+                    (options.memory ? "; give at least that (--device-memory)" : "; use a smaller model") +
+                    ", a smaller context (--ctx-size), or --device cpu");
+  }
+  const std::vector<int> counts = plan_split(units, divided ? budget - floor_ : SIZE_MAX);
+  const std::vector<uint32_t> ranks = divided ? read_ranks(model, weights_, c.n_ff) : std::vector<uint32_t>();
+  std::vector<std::vector<int>> hot;
+  device_bytes_ = fixed;
+  size_t neurons = 0;
+  for (size_t l = 0; l < units.size(); l++) {
+    std::vector<int> order = hot_order(ranks.empty() ? nullptr : ranks.data() + l * size_t(c.n_ff), units[l].count);
+    order.resize(size_t(counts[l]));
+    std::sort(order.begin(), order.end());  // sums keep the order that they have where nothing is divided
+    device_bytes_ += counts[l] == units[l].count ? ffn_bytes(weights_.layers[l]) : size_t(counts[l]) * units[l].bytes;
+    neurons += order.size();
+    hot.push_back(std::move(order));
+  }
+  hot_share_ = double(neurons) * kTileRows / (double(c.n_layers) * c.n_ff);
+  budget_ = budget;
+  room_ = std::make_shared<DeviceRoom>(budget, device_bytes_ + working);
+  return hot;
+}
 
 const float* DeviceDecoder::upload(const float* vector, size_t n) {
   if (!vector) return nullptr;
@@ -99,7 +192,7 @@ NormView DeviceDecoder::norm(const Norm& n, size_t width) {
   return {type, upload(n.weight, width), upload(n.bias, width), config_.norm_eps};
 }
 
-void DeviceDecoder::load(const PackedModel&) {
+void DeviceDecoder::load(const std::vector<std::vector<int>>& hot, int threads) {
   const DecoderConfig& c = config_;
   const size_t embd = size_t(c.n_embd);
   embd_ = DeviceMatrix(weights_.token_embd.parts, nullptr, "token_embd");
@@ -115,7 +208,12 @@ void DeviceDecoder::load(const PackedModel&) {
   }
   const bool full = c.qk_norm == QkNorm::full;
   const size_t q_width = size_t(full ? c.n_attn() : c.head_dim), k_width = size_t(full ? c.n_kv() : c.head_dim);
-  for (const LayerWeights& l : weights_.layers) {
+  for (int i = 0; i < c.n_layers; i++) {
+    if (int(hot[size_t(i)].size()) * kTileRows < c.n_ff) rest_layers_++;
+  }
+  if (rest_layers_) rest_ = std::make_unique<FfnRest>(c, threads, kMaxBlock);
+  for (int i = 0; i < c.n_layers; i++) {
+    const LayerWeights& l = weights_.layers[size_t(i)];
     auto d = std::make_unique<DeviceLayer>();
     d->attn_norm = norm(l.attn_norm, embd);
     d->ffn_norm = norm(l.ffn_norm, embd);
@@ -127,14 +225,31 @@ void DeviceDecoder::load(const PackedModel&) {
     d->ffn_sub_norm = norm(l.ffn_sub_norm, size_t(c.n_ff));
     d->qkv = DeviceMatrix(l.attn_qkv.parts, l.attn_qkv.bias, "attn_qkv");
     d->o = DeviceMatrix(l.attn_o.parts, l.attn_o.bias, "attn_o");
-    if (l.ffn_rows) d->ffn_rows = DeviceNeurons(l.ffn_rows.m, l.ffn_rows.bias, "the FFN's rows");
-    else d->ffn_in = DeviceMatrix(l.ffn_in.parts, l.ffn_in.bias, "the FFN's input matrix");
-    d->down = DeviceMatrix(l.ffn_down.parts, l.ffn_down.bias, "ffn_down");
+    load_ffn(i, hot[size_t(i)], d.get());
     d->head_at = to_device(l.head_at.data(), l.head_at.size(), kWeights);
     layers_.push_back(std::move(d));
   }
-  true_zeros_ = c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 ||
-                c.up_relu;
+}
+
+// The hot units to the device, the others to the CPU; only one of the two adds down's bias.
+void DeviceDecoder::load_ffn(int layer, const std::vector<int>& hot, DeviceLayer* d) {
+  const LayerWeights& whole = weights_.layers[size_t(layer)];
+  d->neurons = int(hot.size()) * kTileRows;
+  const bool all = d->neurons == config_.n_ff;
+  if (!all) {
+    std::vector<int> cold;
+    for (int unit = 0; unit < config_.n_ff / kTileRows; unit++) {
+      if (!std::binary_search(hot.begin(), hot.end(), unit)) cold.push_back(unit);
+    }
+    rest_->add(layer, FfnPart(whole, cold, hot.empty()));
+    d->units = hot;
+    if (hot.empty()) return;
+  }
+  const FfnPart part = all ? FfnPart() : FfnPart(whole, hot, true);
+  const LayerWeights& l = all ? whole : part.weights();
+  if (l.ffn_rows) d->ffn_rows = DeviceNeurons(l.ffn_rows.m, l.ffn_rows.bias, "the FFN's rows");
+  else d->ffn_in = DeviceMatrix(l.ffn_in.parts, l.ffn_in.bias, "the FFN's input matrix");
+  d->down = DeviceMatrix(l.ffn_down.parts, l.ffn_down.bias, "ffn_down");
 }
 
 int DeviceDecoder::attend_splits(int n, int n_ctx) const {
@@ -143,59 +258,76 @@ int DeviceDecoder::attend_splits(int n, int n_ctx) const {
   return std::max(1, std::min({wanted, most, 64}));
 }
 
+DeviceDecoder::Widths DeviceDecoder::widths() const {
+  Widths w;
+  const auto look = [&](const Linear& m, size_t* width) {
+    if (m.empty()) return;
+    *width = std::max(*width, size_t(m.padded_rows()));
+    w.groups = std::max(w.groups, gemv_groups(m));
+  };
+  look(weights_.head(), &w.vocab);
+  for (const LayerWeights& l : weights_.layers) {
+    look(l.attn_qkv, &w.qkv);
+    look(l.attn_o, &w.branch);
+    look(l.ffn_down, &w.branch);
+    look(l.ffn_in, &w.ffn);
+  }
+  w.ffn = std::max({w.ffn, 2 * size_t(config_.n_ff), w.branch});  // also where what the CPU computed arrives
+  return w;
+}
+
+template <class Fn>
+void DeviceDecoder::for_buffers(const Widths& w, Fn fn) {
+  const DecoderConfig& c = config_;
+  const size_t rows = kMaxBlock;
+  size_t slots = 1;
+  for (int n = 1; n <= kMaxBlock; n++) slots = std::max(slots, size_t(attend_splits(n, 1 << 30)) * size_t(n));
+  slots *= size_t(c.n_heads);
+  fn(step_, 1);
+  fn(tokens_, rows);
+  fn(ids_, size_t(c.n_ff));
+  fn(tickets_, size_t(w.groups));
+  fn(kept_, size_t(c.n_layers) * kSites + 3);
+  fn(x_, rows * size_t(c.n_embd));
+  fn(qkv_, rows * w.qkv);
+  fn(branch_o_, rows * w.branch);
+  fn(branch_down_, rows * w.branch);
+  fn(gate_up_, rows * w.ffn);
+  for (auto& t : rope_table_) fn(t, std::max<size_t>(1, rows * size_t(c.rope_dims)));
+  fn(partial_, gemv_partial_most(w.groups, multiprocessors_));
+  fn(logits_, kHeadRows * w.vocab);
+  fn(attend_partial_, slots * size_t(c.head_dim));
+  fn(attend_max_, slots);
+  fn(attend_sum_, slots);
+  fn(best_scratch_, size_t(kBestScratch));
+  fn(zeros_, size_t(std::max({c.n_embd, c.n_ff, c.n_attn()})));
+}
+
 void DeviceDecoder::make_buffers() {
   const DecoderConfig& c = config_;
   const size_t rows = kMaxBlock;
-  size_t qkv = 0, branch = 0, ffn = 0, partial = 1, groups = 1;
-  const auto look = [&](const DeviceMatrix& m, size_t* width) {
-    if (m.empty()) return;
-    *width = std::max(*width, size_t(m.view().y_rows));
-    groups = std::max(groups, size_t(m.view().groups));
-    partial = std::max(partial, gemv_partial_floats(m.view(), plan_gemv(m.view(), multiprocessors_)));
-  };
-  size_t vocab = 0;
-  look(output_.empty() ? embd_ : output_, &vocab);
-  for (const auto& l : layers_) {
-    look(l->qkv, &qkv);
-    look(l->o, &branch);
-    look(l->down, &branch);
-    look(l->ffn_in, &ffn);
-  }
-  ffn = std::max(ffn, 2 * size_t(c.n_ff));
-  ld_qkv_ = qkv;
-  ld_branch_ = branch;
-  ld_gate_up_ = ffn;
-  step_.reset(1, kWorkspace);
-  tokens_.reset(rows, kWorkspace);
-  ids_.reset(size_t(c.n_ff), kWorkspace);
-  const std::vector<int> no_tickets(groups, 0);
-  tickets_ = to_device(no_tickets.data(), groups, kWorkspace);
-  kept_.reset(size_t(c.n_layers) * kSites + 2, kWorkspace);
-  x_.reset(rows * size_t(c.n_embd), kWorkspace);
-  qkv_.reset(rows * qkv, kWorkspace);
-  branch_o_.reset(rows * branch, kWorkspace);
-  branch_down_.reset(rows * branch, kWorkspace);
-  gate_up_.reset(rows * ffn, kWorkspace);
-  for (auto& t : rope_table_) t.reset(std::max<size_t>(1, rows * size_t(c.rope_dims)), kWorkspace);
-  partial_.reset(partial, kWorkspace);
-  logits_.reset(kHeadRows * vocab, kWorkspace);
+  const Widths w = widths();
+  ld_qkv_ = w.qkv;
+  ld_branch_ = w.branch;
+  ld_gate_up_ = w.ffn;
+  for_buffers(w, [](auto& buffer, size_t n) { buffer.reset(n, kWorkspace); });
   in_ = DeviceVectors(kMaxBlock, c.n_embd, kWorkspace);
   ffn_in_ = DeviceVectors(kMaxBlock, c.n_embd, kWorkspace);
   att_ = DeviceVectors(kMaxBlock, c.n_attn(), kWorkspace);
   z_ = DeviceVectors(kMaxBlock, c.n_ff, kWorkspace);
   head_in_ = DeviceVectors(kHeadRows, c.n_embd, kWorkspace);
-  size_t slots = 1;
-  for (int n = 1; n <= kMaxBlock; n++) slots = std::max(slots, size_t(attend_splits(n, 1 << 30)) * size_t(n));
-  slots *= size_t(c.n_heads);
-  attend_partial_.reset(slots * size_t(c.head_dim), kWorkspace);
-  attend_max_.reset(slots, kWorkspace);
-  attend_sum_.reset(slots, kWorkspace);
-  const std::vector<float> zeros(size_t(std::max({c.n_embd, c.n_ff, c.n_attn()})), 0.0f);
-  zeros_ = to_device(zeros.data(), zeros.size(), kWorkspace);
+  const std::vector<int> no_tickets(tickets_.size(), 0);
+  copy_to_device(tickets_.data(), no_tickets.data(), tickets_.bytes(), kWorkspace);
+  const std::vector<float> zeros(zeros_.size(), 0.0f);
+  copy_to_device(zeros_.data(), zeros.data(), zeros_.bytes(), kWorkspace);
   host_step_.reset(1, kWorkspace);
   host_tokens_.reset(rows, kWorkspace);
   host_kept_.reset(kept_.size(), kWorkspace);
   host_logits_.reset(logits_.size(), kWorkspace);
+  rest_kept_.assign(size_t(c.n_layers) * kSites, 0);
+  if (!rest_) return;
+  host_x_.reset(rows * size_t(ffn_in_.view().padded), kWorkspace);
+  host_rest_.reset(rows * w.branch, kWorkspace);
 }
 
 // Thresholds on the device, copied once for each plan; the oldest copy makes room for a new one.
@@ -209,6 +341,7 @@ DevicePlan* DeviceDecoder::plan_for(const Skipping& skipping) {
   made->exact = skipping.exact;
   made->mask_blocks = skipping.mask_blocks;
   made->thresholds.resize(size_t(config_.n_layers) * kSites);
+  made->rest.resize(rest_ ? size_t(config_.n_layers) : 0);
   if (const SparsityPlan* plan = skipping.plan) {
     made->dense_tokens = plan->dense_tokens();
     if (plan->break_even(Site::A) != SparsityPlan::kByShape) made->break_even = plan->break_even(Site::A);
@@ -218,6 +351,8 @@ DevicePlan* DeviceDecoder::plan_for(const Skipping& skipping) {
         if (!t) continue;
         std::vector<float> all(size_t(plan->width(Site(s))));
         for (size_t i = 0; i < all.size(); i++) all[i] = t.of(int(i));
+        if (rest_ && rest_->has(l)) divide_thresholds(l, Site(s), &all, made.get());
+        if (all.empty()) continue;
         made->thresholds[size_t(l) * kSites + size_t(s)] = to_device(all.data(), all.size(), "thresholds");
       }
     }
@@ -226,6 +361,15 @@ DevicePlan* DeviceDecoder::plan_for(const Skipping& skipping) {
   if (plans_.size() == kMaxPlans) plans_.erase(plans_.begin());
   plans_.push_back(std::move(made));
   return plans_.back().get();
+}
+
+// Of a layer that is divided: its thresholds for the CPU's neurons are put by, those of the device's are left.
+void DeviceDecoder::divide_thresholds(int layer, Site site, std::vector<float>* all, DevicePlan* plan) const {
+  DevicePlan::Rest& rest = plan->rest[size_t(layer)];
+  if (site == Site::M) rest.in = *all;
+  if (site != Site::Z && site != Site::G) return;
+  (site == Site::Z ? rest.z : rest.gate) = pick_neurons(rest_->part(layer).units(), all->data());
+  *all = pick_neurons(layers_[size_t(layer)]->units, all->data());
 }
 
 bool DeviceDecoder::planned(const Skipping& s, int pos, bool decode) const {
@@ -248,24 +392,28 @@ Mask DeviceDecoder::mask(const Pass& p, int layer, Site site) const {
   if (!m.threshold && !m.before) return m;
   m.dense_tokens = plan.dense_tokens;
   m.kept = kept_.data() + size_t(layer) * kSites + size_t(site);
-  const int width = site == Site::O ? config_.n_attn() : site == Site::Z || site == Site::G ? config_.n_ff : config_.n_embd;
+  const bool of_neurons = site == Site::Z || site == Site::G;
+  const int width = site == Site::O ? config_.n_attn() : of_neurons ? layers_[size_t(layer)]->neurons : config_.n_embd;
   m.limit = int(plan.break_even * float(width));
   return m;
 }
 
 bool DeviceDecoder::forward(const int32_t* tokens, int n, int pos, DeviceKv* cache, Logits which, float* logits,
-                            const std::function<bool()>& should_stop, const Skipping& skipping) {
+                            const std::function<bool()>& should_stop, const Skipping& skipping, int32_t* best) {
   std::lock_guard<std::mutex> lock(turn_);
   if (skipping.neurons || skipping.predictor || skipping.measure || skipping.statistic) {
-    throw Error(ErrorCode::unsupported, "chosen or predicted neurons and heads (sites N and H) are not made for the GPU: use "
-                                        "--device cpu");
+    throw Error(ErrorCode::unsupported,
+                "chosen or predicted neurons and heads (sites N and H) are not made for the GPU: "
+                "use --device cpu");
   }
   const DevicePlan* masks = plan_for(skipping);
-  const Pass p = {n, cache, masks, n == 1};
+  const Pass p = {n, pos, cache, masks, n == 1};
+  std::fill(rest_kept_.begin(), rest_kept_.end(), 0);
   if (n == 1) {
     if (should_stop()) return false;
-    decode_step(p, tokens[0], pos, which == Logits::none ? nullptr : logits);
-  } else if (!block(p, tokens, pos, which, logits, should_stop)) {
+    decode_step(p, tokens[0], which == Logits::none ? nullptr : logits);
+    if (best) *best = host_kept_[size_t(config_.n_layers) * kSites + 2];
+  } else if (!block(p, tokens, which, logits, should_stop)) {
     return false;
   }
   if (which != Logits::none && host_kept_[size_t(config_.n_layers) * kSites]) {
@@ -275,6 +423,14 @@ bool DeviceDecoder::forward(const int32_t* tokens, int n, int pos, DeviceKv* cac
   }
   report(skipping, n, pos);
   return true;
+}
+
+void DeviceDecoder::logits(const DeviceKv& cache, float* out) {
+  std::lock_guard<std::mutex> lock(turn_);
+  const size_t bytes = size_t(config_.n_vocab) * sizeof(float);
+  check(cudaMemcpyAsync(host_logits_.data(), cache.logits_.data(), bytes, cudaMemcpyDeviceToHost, stream_), "logits");
+  stream_.wait("logits");
+  std::memcpy(out, host_logits_.data(), bytes);
 }
 
 // The counts of model/skipping.cc, from what the device kept. In a block of tokens all of a site's masked rows count
@@ -295,7 +451,11 @@ void DeviceDecoder::report(const Skipping& skipping, int n, int pos) const {
     const int held = std::max(rows, zeros ? 1 : 0);
     int64_t read = int64_t(w.attn_qkv.bytes + w.attn_o.bytes + w.ffn_bytes()) * held;
     counts->bytes_held.fetch_add(read, std::memory_order_relaxed);
-    const int* kept = host_kept_.data() + size_t(l) * kSites;
+    int kept[kSites];
+    for (int s = 0; s < kSites; s++) {
+      const size_t at = size_t(l) * kSites + size_t(s);
+      kept[s] = host_kept_[at] + rest_kept_[at];
+    }
     const Linear* matrices[] = {&w.attn_qkv, &w.attn_o, &w.ffn_in, &w.ffn_down};
     for (int s = 0; s < 4; s++) {
       const bool exact = Site(s) == Site::Z && decode && w.ffn_down.quantised && !w.ffn_down.floating &&

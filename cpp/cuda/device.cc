@@ -17,21 +17,23 @@ constexpr int kOldestCapability = 75;
 
 class Cache : public DeviceCache {
  public:
-  Cache(const DecoderConfig& config, int n_ctx) : kv(config, n_ctx) {}
+  Cache(const cuda::DeviceDecoder& d, int n_ctx) : kv(d.config(), n_ctx, d.room()) {}
   size_t bytes(int n) const override { return kv.bytes(n); }
   cuda::DeviceKv kv;
 };
 
 class Pass : public DevicePass {
  public:
-  explicit Pass(const PackedModel& model) : decoder_(model) {}
+  Pass(const PackedModel& model, const DeviceOptions& options) : decoder_(model, options) {}
   const std::string& name() const override { return decoder_.device_name(); }
-  size_t weight_bytes() const override { return decoder_.device_bytes(); }
-  std::unique_ptr<DeviceCache> make_cache(int n_ctx) override { return std::make_unique<Cache>(decoder_.config(), n_ctx); }
+  DeviceStats stats() const override { return decoder_.stats(); }
+  std::unique_ptr<DeviceCache> make_cache(int n_ctx) override { return std::make_unique<Cache>(decoder_, n_ctx); }
   bool forward(const int32_t* tokens, int n, int pos, DeviceCache* cache, Logits which, float* logits,
-               const std::function<bool()>& should_stop, const Skipping& skipping) override {
-    return decoder_.forward(tokens, n, pos, &static_cast<Cache*>(cache)->kv, which, logits, should_stop, skipping);
+               const std::function<bool()>& should_stop, const Skipping& skipping, int32_t* best) override {
+    cuda::DeviceKv* kv = &static_cast<Cache*>(cache)->kv;
+    return decoder_.forward(tokens, n, pos, kv, which, logits, should_stop, skipping, best);
   }
+  void logits(DeviceCache* cache, float* out) override { decoder_.logits(static_cast<Cache*>(cache)->kv, out); }
 
  private:
   cuda::DeviceDecoder decoder_;
@@ -42,7 +44,8 @@ class Pass : public DevicePass {
 std::string device_problem() {
   int n = 0;
   const cudaError_t found = cudaGetDeviceCount(&n);
-  if (found == cudaErrorInsufficientDriver) return "no NVIDIA driver, or one too old for this build: install it, or use --device cpu";
+  if (found == cudaErrorInsufficientDriver)
+    return "no NVIDIA driver, or one too old for this build: install it, or use --device cpu";
   if (found != cudaSuccess || n == 0) return "no NVIDIA GPU was found: use --device cpu";
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return "the GPU does not answer: use --device cpu";
@@ -58,9 +61,9 @@ void need_device() {
   if (!problem.empty()) throw Error(ErrorCode::runtime, problem);
 }
 
-std::unique_ptr<DevicePass> open_device(const PackedModel& model) {
+std::unique_ptr<DevicePass> open_device(const PackedModel& model, const DeviceOptions& options) {
   need_device();
-  return std::make_unique<Pass>(model);
+  return std::make_unique<Pass>(model, options);
 }
 
 #else
@@ -74,7 +77,9 @@ std::string device_problem() { return kNotBuilt; }
 
 void need_device() { throw Error(ErrorCode::usage, kNotBuilt); }
 
-std::unique_ptr<DevicePass> open_device(const PackedModel&) { throw Error(ErrorCode::usage, kNotBuilt); }
+std::unique_ptr<DevicePass> open_device(const PackedModel&, const DeviceOptions&) {
+  throw Error(ErrorCode::usage, kNotBuilt);
+}
 
 #endif
 

@@ -12,6 +12,23 @@ namespace sr {
 
 class PackedModel;
 
+// What a model may take of a device.
+struct DeviceOptions {
+  size_t memory = 0;  // bytes; 0: what is free less a reserve
+  int n_ctx = 0;      // tokens for whose keys and values room is kept; 0: 4096, or what the model was trained for
+  int threads = 1;    // of the CPU, for what does not fit
+};
+
+// What the memory of a device holds of a model, in bytes.
+struct DeviceStats {
+  size_t budget = 0;       // that weights, working memory and contexts may take there
+  size_t floor = 0;        // the smallest budget: no neuron there
+  size_t weights = 0;      // there
+  size_t cpu_weights = 0;  // of the FFNs' neurons that did not fit: the CPU computes them
+  int cpu_layers = 0;      // that have such neurons
+  double hot_share = 1;    // of all neurons, those on the device
+};
+
 // Keys and values of one session in device memory.
 class DeviceCache {
  public:
@@ -24,12 +41,14 @@ class DevicePass {
  public:
   virtual ~DevicePass() = default;
   virtual const std::string& name() const = 0;  // the device's own
-  virtual size_t weight_bytes() const = 0;      // in device memory
+  virtual DeviceStats stats() const = 0;
   // Throws Error(budget) where there is no room.
   virtual std::unique_ptr<DeviceCache> make_cache(int n_ctx) = 0;
-  // As Decoder::forward, with a cache made here.
+  // As Decoder::forward, with a cache made here. best: of one token, receives the most likely next one, the lowest id
+  // on ties; logits may then be null, and `logits` fetches them as long as no other token was decoded with the cache.
   virtual bool forward(const int32_t* tokens, int n, int pos, DeviceCache* cache, Logits which, float* logits,
-                       const std::function<bool()>& should_stop, const Skipping& skipping) = 0;
+                       const std::function<bool()>& should_stop, const Skipping& skipping, int32_t* best) = 0;
+  virtual void logits(DeviceCache* cache, float* out) = 0;
 };
 
 // Why no GPU can be used, in one line with the remedy; empty where one can.
@@ -38,8 +57,9 @@ std::string device_problem();
 // Throws Error(usage) on a build without CUDA, Error(runtime) without a driver or a GPU that can be used.
 void need_device();
 
-// Copies the model's weights to the first GPU. Throws as need_device, Error(budget) where the GPU's memory is too small,
-// Error(unsupported) naming what of the model it lacks.
-std::unique_ptr<DevicePass> open_device(const PackedModel& model);
+// Copies the model's weights to the first GPU, and those neurons for which it has no room to memory of the CPU's.
+// Throws as need_device, Error(budget) where the GPU's memory is too small even so, Error(unsupported) naming what of
+// the model it lacks.
+std::unique_ptr<DevicePass> open_device(const PackedModel& model, const DeviceOptions& options);
 
 }  // namespace sr

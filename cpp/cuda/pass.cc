@@ -5,8 +5,15 @@
 
 namespace sr {
 namespace cuda {
+namespace {
 
-void DeviceDecoder::product(const Pass& p, const DeviceMatrix& w, const Vectors& x, const Mask& m, float* y, size_t ldy) {
+constexpr const char* kDecoding = "decoding a token";
+constexpr const char* kExchange = "exchanging neurons with the CPU";
+
+}  // namespace
+
+void DeviceDecoder::product(const Pass& p, const DeviceMatrix& w, const Vectors& x, const Mask& m, float* y,
+                            size_t ldy) {
   if (p.n > 1) {
     gemm(stream_, w.view(), x, 0, p.n, y, ldy);
     return;
@@ -104,20 +111,24 @@ void DeviceDecoder::attention(const Pass& p, int index, bool keys_only) {
   m.mask = masked;
   m.step = step_.data();
   merge(stream_, m, p.n);
-  if (sub_norm) {
-    PrepareArgs s = {};
-    s.x = att_.view().x;
-    s.ldx = size_t(att_.view().padded);
-    s.width = c.n_attn();
-    s.residual_scale = 1;
-    s.norm = l.attn_sub_norm;
-    s.out = att_.view();
-    s.quantise = l.o.view().quantised;
-    s.mask = masked;
-    s.step = step_.data();
-    prepare(stream_, s, p.n);
-  }
+  if (sub_norm) norm_inside(p, l.attn_sub_norm, att_.view(), l.o.view().quantised, masked);
   product(p, l.o, att_.view(), masked, branch_o_.data(), ld_branch_);
+}
+
+// A norm of v in place, and what a product makes of it.
+void DeviceDecoder::norm_inside(const Pass& p, const NormView& norm, const Vectors& v, bool quantise,
+                                const Mask& mask) {
+  PrepareArgs a = {};
+  a.x = v.x;
+  a.ldx = size_t(v.padded);
+  a.width = v.width;
+  a.residual_scale = 1;
+  a.norm = norm;
+  a.out = v;
+  a.quantise = quantise;
+  a.mask = mask;
+  a.step = step_.data();
+  prepare(stream_, a, p.n);
 }
 
 // gate and up (or up) of the token's neurons, where they are stored by neuron; and z from them.
@@ -125,7 +136,7 @@ void DeviceDecoder::neurons(const Pass& p, int index) {
   const DecoderConfig& c = config_;
   const DeviceLayer& l = *layers_[size_t(index)];
   const Neurons& w = l.ffn_rows.view();
-  float *gate = gate_up_.data(), *up = gate + c.n_ff;
+  float *gate = gate_up_.data(), *up = gate + l.neurons;
   if (!c.ffn_gated) {
     rows(stream_, w, ffn_in_.view(), nullptr, nullptr, nullptr, gate, multiprocessors_);
     return;
@@ -136,7 +147,7 @@ void DeviceDecoder::neurons(const Pass& p, int index) {
   int* count = kept_.data() + size_t(c.n_layers) * kSites + 1;
   SurviveArgs s = {};
   s.gate = gate;
-  s.n = c.n_ff;
+  s.n = l.neurons;
   s.act = c.activation;
   s.cut = c.activation_threshold;
   s.mask = m;
@@ -152,7 +163,7 @@ void DeviceDecoder::neurons(const Pass& p, int index) {
 void DeviceDecoder::ffn(const Pass& p, int index) {
   const DecoderConfig& c = config_;
   const DeviceLayer& l = *layers_[size_t(index)];
-  const bool by_neuron = l.ffn_in.empty();
+  const LayerWeights& whole = weights_.layers[size_t(index)];
   const Branch after_o = {branch_o_.data(), ld_branch_, l.post_attn_norm};
   PrepareArgs a = {};
   a.x = x_.data();
@@ -163,11 +174,34 @@ void DeviceDecoder::ffn(const Pass& p, int index) {
   // A parallel block's FFN reads what attention read, through a norm of its own where it has one.
   a.norm = c.parallel_block && l.ffn_norm.type == NormType::none ? l.attn_norm : l.ffn_norm;
   a.out = ffn_in_.view();
-  a.quantise = by_neuron ? is_quantised(l.ffn_rows.view().kind) : l.ffn_in.view().quantised;
-  if (!by_neuron) a.mask = mask(p, index, Site::M);
+  a.quantise = whole.ffn_in_quantised();
+  if (!whole.ffn_rows) a.mask = mask(p, index, Site::M);
   a.step = step_.data();
   prepare(stream_, a, p.n);
 
+  const bool rest = rest_ && rest_->has(index);
+  if (rest) {
+    const size_t bytes = size_t(p.n) * size_t(a.out.padded) * sizeof(float);
+    check(cudaMemcpyAsync(host_x_.data(), a.out.x, bytes, cudaMemcpyDeviceToHost, stream_), kExchange);
+    cut(p, true, l.neurons ? -1 : index);
+  }
+  if (l.neurons) ffn_on_device(p, index, a.mask);
+  if (rest) {
+    if (l.neurons) cut(p, false, index);
+    const size_t bytes = size_t(p.n) * ld_branch_ * sizeof(float);
+    float* to = l.neurons ? gate_up_.data() : branch_down_.data();  // gate and up have been used
+    check(cudaMemcpyAsync(to, host_rest_.data(), bytes, cudaMemcpyHostToDevice, stream_), kExchange);
+    if (l.neurons) add_rows(stream_, to, branch_down_.data(), ld_branch_, int(whole.ffn_down.padded_rows()), p.n);
+  }
+  const Branch after_down = {branch_down_.data(), ld_branch_, l.post_ffn_norm};
+  pending_[0] = c.parallel_block ? after_o : after_down;
+  pending_[1] = c.parallel_block ? after_down : Branch{};
+}
+
+// The device's neurons, from ffn_in_ to branch_down_.
+void DeviceDecoder::ffn_on_device(const Pass& p, int index, const Mask& in_mask) {
+  const DecoderConfig& c = config_;
+  const DeviceLayer& l = *layers_[size_t(index)];
   const bool sub_norm = l.ffn_sub_norm.type != NormType::none;
   const Mask masked = mask(p, index, Site::Z);
   ActivateArgs z = {};
@@ -177,13 +211,13 @@ void DeviceDecoder::ffn(const Pass& p, int index) {
   z.act = c.activation;
   z.cut = c.activation_threshold;
   z.up_relu = c.up_relu;
-  z.n_ff = c.n_ff;
-  z.out = z_.view();
+  z.n_ff = l.neurons;
+  z.out = narrow(z_.view(), l.neurons);
   z.quantise = l.down.view().quantised && !sub_norm;
   z.mask = masked;
   z.step = step_.data();
-  if (!by_neuron) {
-    product(p, l.ffn_in, ffn_in_.view(), a.mask, gate_up_.data(), ld_gate_up_);
+  if (!l.ffn_in.empty()) {
+    product(p, l.ffn_in, ffn_in_.view(), in_mask, gate_up_.data(), ld_gate_up_);
   } else if (p.n > 1) {
     gemm_neurons(stream_, l.ffn_rows.view(), ffn_in_.view(), p.n, gate_up_.data(), ld_gate_up_);
     if (c.ffn_gated) z.neurons = mask(p, index, Site::G);
@@ -192,28 +226,44 @@ void DeviceDecoder::ffn(const Pass& p, int index) {
     if (c.ffn_gated) {
       z.in = nullptr;
       z.gate = gate_up_.data();
-      z.up = gate_up_.data() + c.n_ff;
+      z.up = gate_up_.data() + l.neurons;
     }
   }
   activate(stream_, z, p.n);
-  if (sub_norm) {
-    PrepareArgs s = {};
-    s.x = z_.view().x;
-    s.ldx = size_t(z_.view().padded);
-    s.width = c.n_ff;
-    s.residual_scale = 1;
-    s.norm = l.ffn_sub_norm;
-    s.out = z_.view();
-    s.quantise = l.down.view().quantised;
-    s.mask = masked;
-    s.step = step_.data();
-    prepare(stream_, s, p.n);
-  }
-  product(p, l.down, z_.view(), masked, branch_down_.data(), ld_branch_);
+  if (sub_norm) norm_inside(p, l.ffn_sub_norm, z.out, l.down.view().quantised, masked);
+  product(p, l.down, z.out, masked, branch_down_.data(), ld_branch_);
+}
 
-  const Branch after_down = {branch_down_.data(), ld_branch_, l.post_ffn_norm};
-  pending_[0] = c.parallel_block ? after_o : after_down;
-  pending_[1] = c.parallel_block ? after_down : Branch{};
+void DeviceDecoder::cut(const Pass& p, bool marked, int rest) {
+  if (p.capture) {
+    end_piece(p.cache, marked, rest);
+    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), kDecoding);
+    return;
+  }
+  if (marked) host_x_there_.record(stream_, kExchange);
+  if (rest >= 0) compute_rest(p, rest);
+}
+
+// The CPU's neurons, from host_x_ to host_rest_, while the device computes its own. host_rest_ is free: what the stream
+// was to copy from it in an earlier layer comes before the mark that is waited for.
+void DeviceDecoder::compute_rest(const Pass& p, int index) {
+  FfnRest::Masks m;
+  const DevicePlan& plan = *p.masks;
+  m.exact = plan.exact;
+  m.break_even_in = m.break_even_z = plan.break_even;
+  if (p.decode || plan.mask_blocks) {
+    const DevicePlan::Rest& t = plan.rest[size_t(index)];
+    const auto of = [](const std::vector<float>& v) { return Thresholds{v.empty() ? nullptr : v.data(), 1}; };
+    m.in = of(t.in);
+    m.gate = of(t.gate);
+    m.z = of(t.z);
+    m.first = plan.dense_tokens > p.pos ? plan.dense_tokens - p.pos : 0;
+  }
+  host_x_there_.wait(kExchange);
+  const FfnRest::Kept kept =
+      rest_->run(index, host_x_.data(), size_t(ffn_in_.view().padded), p.n, m, host_rest_.data(), ld_branch_);
+  rest_kept_[size_t(index) * kSites + size_t(Site::G)] += kept.gate;
+  rest_kept_[size_t(index) * kSites + size_t(Site::Z)] += kept.z;
 }
 
 bool DeviceDecoder::all_layers(const Pass& p, Logits which, const std::function<bool()>& should_stop) {
@@ -249,52 +299,73 @@ void DeviceDecoder::head(const Pass& p, int row, int rows) {
   Pass some = p;
   some.n = rows;
   const size_t ld = size_t(w.view().y_rows);
-  product(some, w, head_in_.view(), Mask{}, logits_.data(), ld);
-  finish_logits(stream_, logits_.data(), ld, c.n_vocab, rows, c.logit_scale, c.logit_softcap,
+  float* logits = p.decode ? p.cache->logits_.data() : logits_.data();
+  product(some, w, head_in_.view(), Mask{}, logits, ld);
+  finish_logits(stream_, logits, ld, c.n_vocab, rows, c.logit_scale, c.logit_softcap,
                 kept_.data() + size_t(c.n_layers) * kSites);
 }
 
-// The step is captured once for each cache and set of masks; then the host sets token and position, and replays.
-void DeviceDecoder::decode_step(const Pass& p, int token, int pos, float* logits) {
-  const char* what = "decoding a token";
-  host_step_[0] = {pos, token};
-  DeviceKv& cache = *p.cache;
-  const size_t vocab = size_t(config_.n_vocab) * sizeof(float);
-  if (!cache.graph_ || cache.graph_plan_ != p.masks->id) {
-    cache.drop_graph();
-    const auto never = [] { return false; };
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), what);
+// The graph of what was captured since the last end.
+void DeviceDecoder::end_piece(DeviceKv* cache, bool marked, int rest) {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(stream_, &graph), kDecoding);
+  cudaGraphExec_t exec = nullptr;
+  const cudaError_t made = cudaGraphInstantiate(&exec, graph, 0);
+  cudaGraphDestroy(graph);
+  check(made, kDecoding);
+  cache->pieces_.push_back({exec, marked, rest});
+}
+
+void DeviceDecoder::capture_step(Pass p) {
+  p.capture = true;
+  p.cache->drop_pieces();
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), kDecoding);
+  try {
+    const int first_after = config_.n_layers * kSites;
+    check(cudaMemcpyAsync(step_.data(), host_step_.data(), sizeof(Step), cudaMemcpyHostToDevice, stream_), kDecoding);
+    all_layers(p, Logits::last, [] { return false; });
+    head(p, 0, 1);
+    argmax(stream_, p.cache->logits_.data(), config_.n_vocab, best_scratch_.data(), kept_.data() + first_after + 2);
+    check(cudaMemcpyAsync(host_kept_.data(), kept_.data(), kept_.bytes(), cudaMemcpyDeviceToHost, stream_), kDecoding);
+    end_piece(p.cache, false, -1);
+  } catch (...) {
     cudaGraph_t graph = nullptr;
-    try {
-      check(cudaMemcpyAsync(step_.data(), host_step_.data(), sizeof(Step), cudaMemcpyHostToDevice, stream_), what);
-      all_layers(p, Logits::last, never);
-      head(p, 0, 1);
-      check(cudaMemcpyAsync(host_logits_.data(), logits_.data(), vocab, cudaMemcpyDeviceToHost, stream_), what);
-      check(cudaMemcpyAsync(host_kept_.data(), kept_.data(), kept_.bytes(), cudaMemcpyDeviceToHost, stream_), what);
-    } catch (...) {
-      cudaStreamEndCapture(stream_, &graph);
-      if (graph) cudaGraphDestroy(graph);
-      throw;
-    }
-    check(cudaStreamEndCapture(stream_, &graph), what);
-    const cudaError_t made = cudaGraphInstantiate(&cache.graph_, graph, 0);
-    cudaGraphDestroy(graph);
-    check(made, what);
-    cache.graph_plan_ = p.masks->id;
+    cudaStreamEndCapture(stream_, &graph);
+    if (graph) cudaGraphDestroy(graph);
+    p.cache->drop_pieces();
+    throw;
   }
-  check(cudaGraphLaunch(cache.graph_, stream_), what);
-  stream_.wait(what);
+  p.cache->plan_ = p.masks->id;
+}
+
+// The step is captured once for each cache and set of masks; then the host sets token and position, and replays.
+void DeviceDecoder::decode_step(const Pass& p, int token, float* logits) {
+  host_step_[0] = {p.pos, token};
+  DeviceKv& cache = *p.cache;
+  if (cache.pieces_.empty() || cache.plan_ != p.masks->id) capture_step(p);
+  for (const DeviceKv::Piece& piece : cache.pieces_) {
+    check(cudaGraphLaunch(piece.graph, stream_), kDecoding);
+    if (piece.marked) host_x_there_.record(stream_, kExchange);
+    if (piece.rest >= 0) compute_rest(p, piece.rest);
+  }
+  const size_t vocab = size_t(config_.n_vocab) * sizeof(float);
+  if (logits) {
+    check(cudaMemcpyAsync(host_logits_.data(), cache.logits_.data(), vocab, cudaMemcpyDeviceToHost, stream_),
+          kDecoding);
+  }
+  stream_.wait(kDecoding);
   if (logits) std::memcpy(logits, host_logits_.data(), vocab);
 }
 
-bool DeviceDecoder::block(const Pass& p, const int32_t* tokens, int pos, Logits which, float* logits,
+bool DeviceDecoder::block(const Pass& p, const int32_t* tokens, Logits which, float* logits,
                           const std::function<bool()>& should_stop) {
   const char* what = "evaluating a prompt";
-  host_step_[0] = {pos, 0};
+  host_step_[0] = {p.pos, 0};
   std::memcpy(host_tokens_.data(), tokens, size_t(p.n) * sizeof(int));
   check(cudaMemcpyAsync(step_.data(), host_step_.data(), sizeof(Step), cudaMemcpyHostToDevice, stream_), what);
-  check(cudaMemcpyAsync(tokens_.data(), host_tokens_.data(), size_t(p.n) * sizeof(int), cudaMemcpyHostToDevice, stream_),
-        what);
+  check(
+      cudaMemcpyAsync(tokens_.data(), host_tokens_.data(), size_t(p.n) * sizeof(int), cudaMemcpyHostToDevice, stream_),
+      what);
   if (!all_layers(p, which, should_stop)) {
     stream_.wait(what);
     return false;
@@ -304,12 +375,13 @@ bool DeviceDecoder::block(const Pass& p, const int32_t* tokens, int pos, Logits 
   for (int row = first; row < p.n; row += kHeadRows) {
     const int rows = p.n - row < kHeadRows ? p.n - row : kHeadRows;
     head(p, row, rows);
-    check(cudaMemcpyAsync(host_logits_.data(), logits_.data(), size_t(rows) * ld * sizeof(float), cudaMemcpyDeviceToHost,
-                          stream_),
+    check(cudaMemcpyAsync(host_logits_.data(), logits_.data(), size_t(rows) * ld * sizeof(float),
+                          cudaMemcpyDeviceToHost, stream_),
           what);
     stream_.wait(what);
     for (int i = 0; i < rows; i++)
-      std::memcpy(logits + size_t(row - first + i) * n_vocab, host_logits_.data() + size_t(i) * ld, n_vocab * sizeof(float));
+      std::memcpy(logits + size_t(row - first + i) * n_vocab, host_logits_.data() + size_t(i) * ld,
+                  n_vocab * sizeof(float));
   }
   check(cudaMemcpyAsync(host_kept_.data(), kept_.data(), kept_.bytes(), cudaMemcpyDeviceToHost, stream_), what);
   stream_.wait(what);

@@ -29,6 +29,11 @@ PanelMatrix in_bytes(PanelMatrix m) {
   return m;
 }
 
+int groups_of(const PanelMatrix& m) {
+  const int rows = group_rows(store_of(m.kind));
+  return (m.padded_rows() + rows - 1) / rows;
+}
+
 // One run of a panel of R rows: nibbles of all tiles, then their high bits.
 void expand_run(WeightKind kind, const uint8_t* run, int R, uint8_t* out) {
   const uint8_t shift = uint8_t(128 - code_bias(kind));
@@ -73,6 +78,23 @@ void for_panels(const PanelMatrix& m, Fn fn) {
 }  // namespace
 
 size_t device_bytes(const PanelMatrix& m) { return in_bytes(m).total_bytes(); }
+
+size_t device_bytes(const Linear& m) {
+  size_t n = m.bias ? size_t(m.rows) * sizeof(float) : 0;
+  for (const PanelMatrix& p : m.parts) n += device_bytes(p);
+  return n;
+}
+
+size_t device_bytes(const NeuronRows& m) {
+  if (!m) return 0;
+  return m.m.total_bytes() + (m.bias ? size_t(m.m.neurons) * (m.m.gated ? 2 : 1) * sizeof(float) : 0);
+}
+
+int gemv_groups(const Linear& m) {
+  int n = 0;
+  for (const PanelMatrix& p : m.parts) n += groups_of(p);
+  return n;
+}
 
 void expand_to_bytes(const PanelMatrix& m, uint8_t* out) {
   const PanelMatrix bytes = in_bytes(m);
@@ -122,7 +144,7 @@ DeviceMatrix::DeviceMatrix(const std::vector<PanelMatrix>& parts, const float* a
     p.add = add ? add_.data() + row : nullptr;
     p.y_begin = w.y_rows;
     p.first_group = w.groups;
-    w.groups += (m.padded_rows() + group_rows(p.store) - 1) / group_rows(p.store);
+    w.groups += groups_of(m);
     w.y_rows += m.padded_rows();
     w.bytes += data.bytes();
     (is_quantised(m.kind) ? w.quantised : w.floating) = true;
@@ -156,17 +178,34 @@ DeviceNeurons::DeviceNeurons(const NeuronMatrix& m, const float* add, const char
   }
 }
 
+namespace {
+int padded_to_slabs(int width) { return (width + kSlabCols - 1) / kSlabCols * kSlabCols; }
+}  // namespace
+
+Vectors narrow(Vectors v, int width) {
+  v.width = width;
+  v.padded = padded_to_slabs(width);
+  v.slabs = v.padded / kSlabCols;
+  return v;
+}
+
 DeviceVectors::DeviceVectors(int n, int width, const char* what) {
-  const int slabs = (width + kSlabCols - 1) / kSlabCols, padded = slabs * kSlabCols;
-  const size_t total = size_t(n) * size_t(padded), all_slabs = size_t(n) * size_t(slabs);
+  const size_t padded = size_t(padded_to_slabs(width)), total = size_t(n) * padded, slabs = total / kSlabCols;
   x_.reset(total, what);
   q_.reset(total, what);
-  scale_.reset(all_slabs, what);
-  sum_.reset(2 * all_slabs, what);
-  cols_.reset(size_t(padded), what);
-  listed_.reset(size_t(padded), what);
-  count_.reset(2 * size_t(slabs), what);
-  view_ = {x_.data(), q_.data(), scale_.data(), sum_.data(), cols_.data(), listed_.data(), count_.data(), width, padded, slabs};
+  scale_.reset(slabs, what);
+  sum_.reset(2 * slabs, what);
+  cols_.reset(padded, what);
+  listed_.reset(padded, what);
+  count_.reset(2 * (padded / kSlabCols), what);
+  view_ = narrow(
+      {x_.data(), q_.data(), scale_.data(), sum_.data(), cols_.data(), listed_.data(), count_.data(), 0, 0, 0}, width);
+}
+
+size_t DeviceVectors::bytes(int n, int width) {
+  const size_t padded = size_t(padded_to_slabs(width)), total = size_t(n) * padded;
+  return total * (sizeof(float) + 1) + total / kSlabCols * (sizeof(float) + 2 * sizeof(int)) + 2 * padded +
+         2 * (padded / kSlabCols);
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// Stored weights on their way to the device. 4 and 8 bits and floats are copied as they lie; 5 and 6 bits are expanded to
-// a byte per weight, because their bit planes would cost the device more instructions than the bytes cost it time.
+// Stored weights on their way to the device. 4 and 8 bits and floats are copied as they lie; 5 and 6 bits are expanded
+// to a byte per weight, because their bit planes would cost the device more instructions than the bytes cost it time.
 #pragma once
 
 #include <memory>
@@ -7,13 +7,17 @@
 
 #include "cuda/memory.h"
 #include "kernels/cuda/launch.h"
-#include "sparse_run/tensor.h"
+#include "model/weights.h"
 
 namespace sr {
 namespace cuda {
 
 // Device bytes of a stored matrix.
 size_t device_bytes(const PanelMatrix& m);
+size_t device_bytes(const Linear& m);  // with its bias
+size_t device_bytes(const NeuronRows& m);
+// Row groups that blocks of gemv take.
+int gemv_groups(const Linear& m);
 // The panels of a 5- or 6-bit matrix with a byte per weight, u - bias + 128; out: device_bytes(m).
 void expand_to_bytes(const PanelMatrix& m, uint8_t* out);
 
@@ -45,11 +49,15 @@ class DeviceNeurons {
   DeviceBuffer<float> add_;
 };
 
+// v, seen as vectors of fewer inputs.
+Vectors narrow(Vectors v, int width);
+
 // Room for n vectors; with lists for one of them.
 class DeviceVectors {
  public:
   DeviceVectors() = default;
   DeviceVectors(int n, int width, const char* what);
+  static size_t bytes(int n, int width);
   const Vectors& view() const { return view_; }
 
  private:

@@ -37,11 +37,15 @@ PackedModel open_packed(const ModelOptions& options, const std::shared_ptr<ByteS
 
 // "auto" made into one of the two; what cannot be had is reported before anything is opened.
 ModelOptions with_device(ModelOptions options) {
-  if (options.device != "cpu" && options.device != "cuda" && options.device != "auto") {
+  const std::string wanted = options.device;
+  if (wanted != "cpu" && wanted != "cuda" && wanted != "auto") {
     throw Error(ErrorCode::usage, "unknown device '" + options.device + "': it is cpu, cuda or auto");
   }
   if (options.device == "cuda") need_device();
   if (options.device == "auto" && !device_problem().empty()) options.device = "cpu";
+  if (wanted == "cpu" && options.device_memory) {
+    throw Error(ErrorCode::usage, "a device memory budget is for a GPU: leave it out, or use --device cuda");
+  }
   if (options.device != "cpu" && options.memory_budget) {
     throw Error(ErrorCode::usage, "a memory budget is kept by the CPU only: leave it out, or use --device cpu");
   }
@@ -51,12 +55,24 @@ ModelOptions with_device(ModelOptions options) {
 std::unique_ptr<DevicePass> device_for(const ModelOptions& options, const PackedModel& packed) {
   if (options.device == "cpu") return nullptr;
   try {
-    return open_device(packed);
+    DeviceOptions device;
+    device.memory = options.device_memory;
+    device.n_ctx = options.n_ctx;
+    device.threads = checked_threads(options.threads);
+    return open_device(packed, device);
   } catch (const Error& e) {
     if (options.device == "cuda") throw;
     log_message(LogLevel::warning, std::string("the CPU runs the model: ") + e.what());
     return nullptr;
   }
+}
+
+// What did not fit is said even where nobody asked: it costs speed.
+void say_division(const DeviceStats& s) {
+  if (!s.cpu_layers) return;
+  log_message(LogLevel::warning, std::to_string(int(100 * s.hot_share)) + "% of the neurons fit the GPU; the CPU computes " +
+                                     std::to_string(s.cpu_weights / 1000000) + " MB of neurons in " +
+                                     std::to_string(s.cpu_layers) + " layers");
 }
 
 }  // namespace
@@ -81,6 +97,7 @@ Model::Model(const ModelOptions& wanted) {
                                   (copied() ? "in memory, " : budget ? "of weights under a budget, " : "mapped, ") +
                                   std::to_string(threads()) + " threads, instruction set " + isa() +
                                   (impl_->device ? ", run by " + device() : ""));
+  if (impl_->device) say_division(impl_->device->stats());
 }
 
 const std::string& Model::config_json() const { return impl_->packed.config_text(); }
@@ -92,6 +109,11 @@ int Model::n_layers() const { return impl_->decoder.config().n_layers; }
 int Model::n_embd() const { return impl_->decoder.config().n_embd; }
 int Model::n_ctx_train() const { return impl_->decoder.config().n_ctx_train; }
 size_t Model::weight_bytes() const { return impl_->packed.tensor_bytes(); }
+DeviceMemory Model::device_memory() const {
+  if (!impl_->device) return {};
+  const DeviceStats s = impl_->device->stats();
+  return {s.budget, s.floor, s.weights, s.cpu_weights, s.cpu_layers, s.hot_share};
+}
 MemoryStats Model::memory() const { return impl_->memory(); }
 void Model::set_aside(size_t bytes, bool for_good) {
   if (!impl_->planned.budget) return;

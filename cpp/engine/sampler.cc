@@ -206,6 +206,11 @@ void Sampler::accept(int32_t token) {
   s.accepted.push_back(token);
 }
 
+bool Sampler::greedy() const {
+  const SamplerOptions& o = impl_->options;
+  return (o.temperature == 0 || o.top_k == 1) && (o.repeat_penalty == 1.0f || o.repeat_last_n == 0);
+}
+
 void Sampler::reset() {
   std::lock_guard<std::mutex> lock(impl_->mutex);
   impl_->accepted.clear();

@@ -73,16 +73,26 @@ struct Session::Impl {
   void check_tokens(const int32_t* ids, int n) const;
   void check_room(int n) const;
   void run(const int32_t* ids, int n, float* all);
-  bool forward(const int32_t* ids, int n, Logits which, float* out) {
+  // away: of one token on a device, the logits may stay there; the most likely token comes back alone.
+  bool forward(const int32_t* ids, int n, Logits which, float* out, bool away) {
     const int pos = int(tokens.size());
+    best = -1;
+    logits_away = away && device_cache && n == 1 && which == Logits::last;
     if (device_cache) {
-      return model->device->forward(ids, n, pos, device_cache.get(), which, out, should_stop, skipping());
+      return model->device->forward(ids, n, pos, device_cache.get(), which, logits_away ? nullptr : out, should_stop,
+                                    skipping(), logits_away ? &best : nullptr);
     }
     return model->decoder.forward(ids, n, pos, &cache, which, out, should_stop, skipping());
   }
   int32_t sample(Sampler* sampler);
   void need_logits() const {
     if (!has_logits) throw Error(ErrorCode::usage, "there are no logits: evaluate tokens first");
+  }
+  const float* logits_here() {
+    need_logits();
+    if (logits_away) model->device->logits(device_cache.get(), logits.data());
+    logits_away = false;
+    return logits.data();
   }
 
   Skipping skipping() {
@@ -115,6 +125,8 @@ struct Session::Impl {
   std::unique_ptr<DeviceCache> device_cache;  // instead, where a device runs the model
   AlignedBuffer<float> logits;
   bool has_logits = false;
+  bool logits_away = false;  // they are still on the device
+  int32_t best = -1;         // the most likely token, where the device has said so
   std::vector<int32_t> tokens;
   // What other threads may read while one evaluates.
   std::atomic<int> n_past{0};
@@ -178,7 +190,7 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
     if (counting) counting->begin_block();
     try {
       room.use(int(tokens.size()) + block);
-      whole = !should_stop() && forward(ids + done, block, which, out);
+      whole = !should_stop() && forward(ids + done, block, which, out, !all);
     } catch (...) {
       if (counting) counting->undo_block();
       count(done);
@@ -204,7 +216,8 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
 
 int32_t Session::Impl::sample(Sampler* sampler) {
   need_logits();
-  const int32_t token = sampler->sample(logits.data(), model->decoder.config().n_vocab);
+  const int32_t token = best >= 0 && sampler->greedy() ? best
+                                                       : sampler->sample(logits_here(), model->decoder.config().n_vocab);
   sampler->accept(token);
   return token;
 }
@@ -267,8 +280,7 @@ void Session::eval_all(const int32_t* tokens, int n, float* out) {
 
 const float* Session::logits() const {
   InUse guard(&impl_->in_use);
-  impl_->need_logits();
-  return impl_->logits.data();
+  return impl_->logits_here();
 }
 
 void Session::set_sparsity(const Sparsity* sparsity, bool mask_prefill) {

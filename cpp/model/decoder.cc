@@ -11,6 +11,7 @@
 #include "kernels/pack/pack.h"
 #include "model/attention.h"
 #include "model/decoder_buffers.h"
+#include "model/row_ops.h"
 #include "sparse_run/error.h"
 
 namespace sr {
@@ -83,8 +84,7 @@ Decoder::Decoder(const PackedModel& model, int threads)
   if (by_neuron) survivors_.reset(size_t(c.n_ff), kWorkspace);
   for (int l = 0; l < c.n_layers; l++)
     for (Site s : {Site::A, Site::O, Site::M, Site::Z}) break_even_.push_back(break_even_by_shape(matrix_of(l, s)));
-  true_zeros_ = c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 ||
-                c.up_relu;
+  true_zeros_ = has_true_zeros(c);
 
   block_ = std::make_unique<Block>();
   Block& b = *block_;
@@ -202,19 +202,8 @@ void Decoder::finish_embedding(int pos, float* x) const {
   }
 }
 
-// x and out may be the same; without a norm, x is copied.
 void Decoder::norm_row(const Norm& norm, const float* x, int n, float* out) const {
-  const KernelTable& k = kernels();
-  if (!norm) {
-    if (out != x) std::copy(x, x + n, out);
-    return;
-  }
-  if (config_.norm == NormKind::layer) {
-    k.layer_norm(x, norm.weight, norm.bias, n, config_.norm_eps, out);
-  } else {
-    k.rms_norm(x, norm.weight, n, config_.norm_eps, out);
-    for (int i = 0; norm.bias && i < n; i++) out[i] += norm.bias[i];
-  }
+  sr::norm_row(config_, norm, x, n, out);
 }
 
 void Decoder::add_branch(const float* branch, const Norm& post_norm, float* scratch, float* x) const {
@@ -252,21 +241,9 @@ void Decoder::prepare_ffn(const LayerWeights& w, const float* branch, float* scr
   if (!config_.parallel_block) prepare();
 }
 
-// z = act(gate) * up, or act(gate) where up is null. Changes gate and up where the activation is more than a kernel's.
-void Decoder::activate(float* gate, float* up, int n, float* z) const {
-  const float cut = config_.activation_threshold;
-  if (cut > 0) {
-    for (int i = 0; i < n; i++) gate[i] = gate[i] < cut ? 0 : gate[i];
-  }
-  if (up) activate_up(up, n);
-  kernels().activate(config_.activation, gate, up, n, z);
-}
+void Decoder::activate(float* gate, float* up, int n, float* z) const { sr::activate(config_, gate, up, n, z); }
 
-// What multiplies act(gate), in place.
-void Decoder::activate_up(float* up, int n) const {
-  if (!config_.up_relu) return;
-  for (int i = 0; i < n; i++) up[i] = up[i] < 0 ? 0 : up[i];
-}
+void Decoder::activate_up(float* up, int n) const { sr::activate_up(config_, up, n); }
 
 void Decoder::rotate_head(const Norm& norm, const Rope& rope, bool rotate, const float* table, float* head) const {
   if (norm) norm_row(norm, head, config_.head_dim, head);

@@ -103,6 +103,7 @@ class Model:
         device: str = "cpu",
         neuron_share: float = 0.0,
         aside_bytes: int = 0,
+        device_memory: int = 0,
     ) -> None:
         """`mmap`: True maps the weights, False copies them into huge pages (15-30% faster decoding), None copies them
         where that takes at most half of the available memory.
@@ -116,7 +117,10 @@ class Model:
         share of all; as many as fit are then held singly, and decoding reads those that are missing, where the model has a file
         of neurons (else memory()["no_neurons"] says why not). The same results.
 
-        `device`: "cpu", "cuda", or "auto" (the GPU where there is one that the model fits)."""
+        `device`: "cpu", "cuda", or "auto" (the GPU where there is one with room for the model's attention and head). Under a GPU
+        `n_ctx` is what room for contexts is kept for, 0 = 4096 or what the model was trained for. `device_memory`: bytes of the
+        GPU's memory that weights, working memory and contexts may take, 0 = what is free less a reserve. Neurons that do not fit
+        are computed by the CPU and the results added, in another order than where all fit. Raises BudgetError below the floor."""
     @property
     def device(self) -> str:
         """The name of the GPU that runs the model, or "cpu"."""
@@ -129,6 +133,10 @@ class Model:
         when needed, and that were waited for), "neuron_tokens" (passes that worked from single neurons), "neuron_hits",
         "neuron_misses" (neurons that were there when asked for, and that were read), "read_seconds" (disk busy), "wait_seconds"
         (computing waited), "queue_depth" (mean)}."""
+    def device_memory(self) -> dict[str, Any]:
+        """What a GPU holds of the model, all 0 on the CPU: {"budget_bytes", "floor_bytes" (the smallest budget), "weight_bytes",
+        "cpu_weight_bytes" (of the neurons that the CPU computes), "cpu_layers" (which have such), "hot_share" (of all neurons,
+        those on the GPU)}."""
     def set_aside(self, bytes: int, for_good: bool = False) -> None:
         """Under a memory budget: the caller is about to take so many bytes for a while. Weights have given way when this returns;
         after `set_aside(0)` they come back as passes run; `for_good`: beside that, and they do not come back. Waits for a running

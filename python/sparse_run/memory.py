@@ -13,10 +13,10 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 _MEMORY_RATE = 20e9
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, what: str = "memory budget") -> int:
     """Bytes of a size such as 700M, 1.5G, 700MB (powers of ten), 1GiB (powers of two), or a plain number.
 
-    Raises UsageError for anything else, and for sizes below one byte.
+    Raises UsageError for anything else, and for sizes below one byte; `what` names the size there.
 
     >>> parse_size("700M"), parse_size("1.5 GiB")
     (700000000, 1610612736)
@@ -24,7 +24,7 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(text), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if not 1 <= size < 2**62:
-        raise UsageError(f"a memory budget of {str(text)!r} is no size; write it as 700M, 1.5G or 2GiB")
+        raise UsageError(f"a {what} of {str(text)!r} is no size; write it as 700M, 1.5G or 2GiB")
     return size
 
 

@@ -67,6 +67,7 @@ class Model:
         memory_budget: str | int | None = None,
         room_for: str | float | None = None,
         device: str = "cpu",
+        device_memory: str | int | None = None,
         mmap: bool | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -79,6 +80,7 @@ class Model:
             raise UsageError(f"threads is {threads}; it must be 1 or more")
         _check_ctx_size(ctx_size)
         budget = 0 if memory_budget is None else parse_size(memory_budget)
+        on_device = 0 if device_memory is None else parse_size(device_memory, "device memory budget")
         self.path = Path(path)
         self._tokenizer: Tokenizer | None = None
         self._planned: tuple[str, SparsityFile | None, str] | None = None
@@ -98,10 +100,11 @@ class Model:
             threads or 0,
             mmap=mmap,
             memory_budget=budget,
-            n_ctx=(ctx_size or 0) if budget else 0,
+            n_ctx=(ctx_size or 0) if budget or device != "cpu" else 0,
             extra_bytes=wanted.extra_bytes,
             neuron_share=wanted.neuron_share,
             device=device,
+            device_memory=on_device,
             aside_bytes=self._tokenizer.peak_bytes if self._tokenizer is not None else 0,
             progress=None if progress is None else lambda done, total: progress("loading", done, total),
         )
@@ -131,6 +134,7 @@ class Model:
         memory_budget: str | int | None = None,
         room_for: str | float | None = None,
         device: str = "cpu",
+        device_memory: str | int | None = None,
         mmap: bool | None = None,
         progress: Progress | None = None,
     ) -> Self:
@@ -144,7 +148,9 @@ class Model:
         the file for every token, with the same results. The context is then what an eighth of it holds, unless ctx_size says.
         room_for: only with a memory budget: what `set_sparsity` will be given. Its memory counts, and where it names the neurons
         that a token needs, and the model has a file of them (`convert --order`), single neurons are held and read.
-        device: "cpu", "cuda" (needs a build with CUDA and a GPU), or "auto", the GPU where there is one that the model fits.
+        device: "cpu", "cuda" (needs a build with CUDA and a GPU), or "auto", the GPU where there is one with room for the model's
+        attention and head. device_memory: the most of the GPU's memory that the model and its contexts take, such as "6G"; None is
+        what is free less a reserve. Neurons that do not fit are computed by the CPU.
         mmap: True maps the weights' file, False reads it into memory, which decodes faster; None reads it where that takes at
         most half of the memory that is free. Not with a memory budget, which has a way of its own.
         progress: called with (what, done, total) in bytes while a conversion or a download runs, or weights are read.
@@ -162,6 +168,7 @@ class Model:
             memory_budget=memory_budget,
             room_for=room_for,
             device=device,
+            device_memory=device_memory,
             mmap=mmap,
             progress=progress,
         )
@@ -208,13 +215,18 @@ class Model:
 
     def stats(self) -> dict[str, Any]:
         """What the weights take and what reading them has cost: {"weight_bytes", "bytes_per_token", and under a memory budget
-        "memory": the core's `memory()` with hit rate, expected speed, and bytes and seconds a pass (see `sparse_run.memory`)}."""
+        "memory": the core's `memory()` with hit rate, expected speed, and bytes and seconds a pass (see `sparse_run.memory`), and on
+        a GPU "device_memory": the core's `device_memory()`}."""
         from .memory import summary
 
         core = self._opened()
         memory = core.memory()
         stats: dict[str, Any] = {"weight_bytes": core.weight_bytes, "bytes_per_token": core.bytes_per_token}
-        return {**stats, "memory": summary(memory)} if memory["budget_bytes"] else stats
+        if memory["budget_bytes"]:
+            stats["memory"] = summary(memory)
+        if core.device != "cpu":
+            stats["device_memory"] = core.device_memory()
+        return stats
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -467,6 +479,7 @@ def load(
     memory_budget: str | int | None = None,
     room_for: str | float | None = None,
     device: str = "cpu",
+    device_memory: str | int | None = None,
     mmap: bool | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -479,6 +492,7 @@ def load(
         memory_budget=memory_budget,
         room_for=room_for,
         device=device,
+        device_memory=device_memory,
         mmap=mmap,
         progress=progress,
     )

@@ -1,7 +1,7 @@
-// What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER]]. Prints the device's copy rate, the products alone, and
-// decoding through the engine: dense, with half of all columns left out, and with the exact zeros of a ReLU left out. The
-// models are random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and removed. No timing is taken while
-// anything else than the step runs; medians of repetitions.
+// What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER]]. Prints the device's copy rate, the products alone,
+// and decoding through the engine: dense, with half of all columns left out, and with the exact zeros of a ReLU left
+// out. The models are random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and removed. No timing is
+// taken while anything else than the step runs; medians of repetitions.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -90,7 +90,8 @@ class Synthetic {
  public:
   Synthetic(const std::string& folder, int layers, bool relu) : relu_(relu), layers_(layers) {
     path_ = folder + "/sparse-run-bench-" + std::to_string(getpid()) + (relu ? "-relu" : "");
-    if (std::system(("mkdir -p '" + path_ + "'").c_str()) != 0) throw Error(ErrorCode::runtime, "cannot write to " + folder);
+    if (std::system(("mkdir -p '" + path_ + "'").c_str()) != 0)
+      throw Error(ErrorCode::runtime, "cannot write to " + folder);
     write_config(0);
     write_weights();
   }
@@ -103,9 +104,10 @@ class Synthetic {
   void write_config(double cut) const {
     std::ofstream f(path_ + "/config.json");
     f << "{\"format_version\": 1, \"architecture\": \"bench\", \"n_layers\": " << layers_ << ", \"n_embd\": " << kEmbd
-      << ", \"n_heads\": " << kHeads << ", \"n_kv_heads\": " << kHeads << ", \"head_dim\": " << kHeadDim << ", \"n_ff\": " << kFf
-      << ", \"n_vocab\": " << kVocab << ", \"n_ctx_train\": 4096, \"norm\": \"rms\", \"activation\": \""
-      << (relu_ ? "relu" : "silu") << "\", \"activation_threshold\": " << cut << ", \"rope_style\": \"half\"}";
+      << ", \"n_heads\": " << kHeads << ", \"n_kv_heads\": " << kHeads << ", \"head_dim\": " << kHeadDim
+      << ", \"n_ff\": " << kFf << ", \"n_vocab\": " << kVocab
+      << ", \"n_ctx_train\": 4096, \"norm\": \"rms\", \"activation\": \"" << (relu_ ? "relu" : "silu")
+      << "\", \"activation_threshold\": " << cut << ", \"rope_style\": \"half\"}";
   }
 
  private:
@@ -117,8 +119,8 @@ class Synthetic {
   };
 
   static std::string panel_layout(int rows, int cols) {
-    return "{\"layout\": \"panels\", \"version\": 1, \"kind\": \"q4\", \"rows\": " + std::to_string(rows) + ", \"cols\": " +
-           std::to_string(cols) + ", \"panel_rows\": 1664, \"group\": 32, \"min\": false}";
+    return "{\"layout\": \"panels\", \"version\": 1, \"kind\": \"q4\", \"rows\": " + std::to_string(rows) +
+           ", \"cols\": " + std::to_string(cols) + ", \"panel_rows\": 1664, \"group\": 32, \"min\": false}";
   }
 
   void write_weights() const {
@@ -134,8 +136,9 @@ class Synthetic {
     add("token_embd", vocab, panel_layout(kVocab, kEmbd));
     add("output", vocab, panel_layout(kVocab, kEmbd));
     add("output_norm", norm, "");
-    const std::string neurons = "{\"layout\": \"neurons\", \"version\": 1, \"kind\": \"q4\", \"neurons\": " + std::to_string(kFf) +
-                                ", \"cols\": " + std::to_string(kEmbd) + ", \"gated\": true, \"group\": 32, \"min\": false}";
+    const std::string neurons =
+        "{\"layout\": \"neurons\", \"version\": 1, \"kind\": \"q4\", \"neurons\": " + std::to_string(kFf) +
+        ", \"cols\": " + std::to_string(kEmbd) + ", \"gated\": true, \"group\": 32, \"min\": false}";
     for (int l = 0; l < layers_; l++) {
       const std::string at = "layers." + std::to_string(l) + ".";
       add(at + "attn_norm", norm, "");
@@ -279,7 +282,8 @@ void products(cudaStream_t s, const char* name, int rows, int cols, double copy,
       const auto tickets = cuda::to_device(none.data(), none.size(), name);
       const cuda::DeviceBuffer<float> y(size_t(w[0].view().y_rows), name);
       const auto all = [&] {
-        for (const auto& one : w) cuda::gemv(s, one.view(), in.view(), mask, plan, {partial.data(), tickets.data()}, step.data(), y.data());
+        for (const auto& one : w)
+          cuda::gemv(s, one.view(), in.view(), mask, plan, {partial.data(), tickets.data()}, step.data(), y.data());
       };
       all();
       std::vector<double> times;
@@ -292,7 +296,8 @@ void products(cudaStream_t s, const char* name, int rows, int cols, double copy,
       if (density == 1.0 && used == usual && dense == 0) dense = rate;
     }
     if (density == 1.0) {
-      std::printf("  dense %7.1f GB/s = %3.0f%% of copy (cut in %d); best %7.1f (in %d)", dense, 100 * dense / copy, usual, best, best_splits);
+      std::printf("  dense %7.1f GB/s = %3.0f%% of copy (cut in %d); best %7.1f (in %d)", dense, 100 * dense / copy,
+                  usual, best, best_splits);
       dense = best;
     } else {
       std::printf("   %2.0f%% of columns: %.2fx", 100 * density, best / dense);
@@ -372,8 +377,10 @@ void whole(const std::string& folder, int layers, double copy) {
     Session session(model, 1024);
     const Decoding dense = decode(session, kPast, kTokens);
     const double rate = double(model.bytes_per_token()) * dense.tokens_per_s / 1e9;
-    std::printf("decode, %d layers of 7B shape, 4 bits, dense: %.1f tok/s, %.2f ms, %.1f GB/s = %.0f%% of the copy rate (target 75%%)\n",
-                layers, dense.tokens_per_s, dense.ms, rate, 100 * rate / copy);
+    std::printf(
+        "decode, %d layers of 7B shape, 4 bits, dense: %.1f tok/s, %.2f ms, %.1f GB/s = %.0f%% of the copy rate "
+        "(target 75%%)\n",
+        layers, dense.tokens_per_s, dense.ms, rate, 100 * rate / copy);
     std::vector<int32_t> prompt(512);
     for (size_t i = 0; i < prompt.size(); i++) prompt[i] = int32_t(1 + i * 37 % (kVocab - 1));
     std::vector<double> times;
@@ -395,9 +402,11 @@ void whole(const std::string& folder, int layers, double copy) {
     session.density();
     const Decoding sparse = decode(session, kPast, kTokens);
     const Density d = session.density();
-    std::printf("half of all columns left out (A %.0f%%, O %.0f%%, M %.0f%%, Z %.0f%% kept): %.1f tok/s, %.2fx dense (target 1.5x)\n",
-                100 * d.site[0], 100 * d.site[1], 100 * d.site[2], 100 * d.site[3], sparse.tokens_per_s,
-                sparse.tokens_per_s / dense.tokens_per_s);
+    std::printf(
+        "half of all columns left out (A %.0f%%, O %.0f%%, M %.0f%%, Z %.0f%% kept): %.1f tok/s, %.2fx dense (target "
+        "1.5x)\n",
+        100 * d.site[0], 100 * d.site[1], 100 * d.site[2], 100 * d.site[3], sparse.tokens_per_s,
+        sparse.tokens_per_s / dense.tokens_per_s);
   }
   const Synthetic synthetic(folder, layers, true);
   {
@@ -432,8 +441,9 @@ int main(int argc, char** argv) {
     const bool tiny = layers == 0;  // does the program itself work?
     cuda::Stream s;
     const double copy = copy_rate(s, size_t(tiny ? 1 : 1024) << 20);
-    std::printf("%s, compute capability %d.%d, %d multiprocessors, %.1f GB; copy %.1f GB/s read and written\n", device.name,
-                device.major, device.minor, device.multiProcessorCount, double(device.totalGlobalMem) / 1e9, copy);
+    std::printf("%s, compute capability %d.%d, %d multiprocessors, %.1f GB; copy %.1f GB/s read and written\n",
+                device.name, device.major, device.minor, device.multiProcessorCount,
+                double(device.totalGlobalMem) / 1e9, copy);
     const size_t footprint = size_t(tiny ? 1 : 512) << 20;
     if (tiny) {
       products(s, "small", 320, 256, copy, footprint);

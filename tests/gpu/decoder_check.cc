@@ -1,6 +1,6 @@
 // The device decoder against the CPU decoder, on one small model for each thing that families differ in: on a GPU, or
-// emulated in CI. Activations go to 8 bits on both sides, and sums are added in another order: where that moves a rounding,
-// logits differ by the step of one activation, not by more.
+// emulated in CI. Activations go to 8 bits on both sides, and sums are added in another order: where that moves a
+// rounding, logits differ by the step of one activation, not by more.
 #include "check.h"
 
 #include <algorithm>
@@ -73,7 +73,8 @@ TEST_CASE("device decoder: every variant's logits are the CPU's, prompt and deco
     const double block = pair.run(some_tokens(50, pair.vocab(), rng), 0);
     double steps = 0;
     for (int i = 0; i < 3; i++) steps = std::max(steps, pair.run(some_tokens(1, pair.vocab(), rng), 50 + i));
-    const std::string found = v.name + ": prompt off by " + std::to_string(block) + ", decode by " + std::to_string(steps);
+    const std::string found =
+        v.name + ": prompt off by " + std::to_string(block) + ", decode by " + std::to_string(steps);
     if (!(block < kTolerance && steps < kTolerance)) sr_test::fail(__FILE__, __LINE__, found);
     usual += block < kUsual && steps < kUsual;
     all++;
@@ -101,7 +102,8 @@ TEST_CASE("device decoder: long contexts in several stretches of keys, windows, 
   });
 }
 
-TEST_CASE("device decoder: a step is captured once and replayed, for each cache, after truncation, with and without masks") {
+TEST_CASE(
+    "device decoder: a step is captured once and replayed, for each cache, after truncation, with and without masks") {
   const TinySpec spec;
   const TinyModel tiny(spec);
   std::mt19937 rng = fresh(3);
@@ -149,7 +151,8 @@ TEST_CASE("device decoder: thresholds at A, O, M, Z and G mask and count as the 
         for (int s = 0; s < kSites; s++) {
           if (!pair.cpu.site_refusal(l, Site(s)).empty()) continue;
           std::vector<float> thresholds(size_t(widths[size_t(s)]));
-          for (auto& t : thresholds) t = (s == 3 ? 0.02f : s == 4 ? 0.1f : 0.3f) * (1 + 0.5f * float(rng() % 100) / 100);
+          for (auto& t : thresholds)
+            t = (s == 3 ? 0.02f : s == 4 ? 0.1f : 0.3f) * (1 + 0.5f * float(rng() % 100) / 100);
           plan.set(l, Site(s), thresholds.data(), thresholds.size());
         }
       SiteCounts a, b;
@@ -199,7 +202,8 @@ TEST_CASE("device decoder: leaving out exact zeros changes no bit") {
       }
 }
 
-TEST_CASE("device decoder: a stop ends a prompt; logits that are not numbers are an error, and the next pass is sound") {
+TEST_CASE(
+    "device decoder: a stop ends a prompt; logits that are not numbers are an error, and the next pass is sound") {
   const TinySpec spec;
   const TinyModel tiny(spec);
   Pair pair(tiny);
@@ -207,7 +211,8 @@ TEST_CASE("device decoder: a stop ends a prompt; logits that are not numbers are
   const auto ids = some_tokens(30, 197, rng);
   std::vector<float> logits(30 * 197);
   int asked = 0;
-  CHECK(!pair.gpu.forward(ids.data(), 30, 0, &pair.gpu_cache, Logits::all, logits.data(), [&] { return ++asked == 2; }));
+  CHECK(
+      !pair.gpu.forward(ids.data(), 30, 0, &pair.gpu_cache, Logits::all, logits.data(), [&] { return ++asked == 2; }));
   CHECK_EQ(asked, 2);
   CHECK(!pair.gpu.forward(ids.data(), 1, 0, &pair.gpu_cache, Logits::last, logits.data(), [] { return true; }));
   CHECK(pair.run(ids, 0) < kTolerance);
@@ -223,7 +228,8 @@ TEST_CASE("device decoder: a stop ends a prompt; logits that are not numbers are
   CHECK_THROWS(gpu.forward(ids.data(), 1, 0, &cache, Logits::last, logits.data(), kNever), Error, "not a number");
 }
 
-TEST_CASE("session on the device: tokens, truncation and statistics as on the CPU; auto takes the GPU where there is one") {
+TEST_CASE(
+    "session on the device: tokens, truncation and statistics as on the CPU; auto takes the GPU where there is one") {
   CHECK_EQ(device_problem(), std::string());  // also makes an emulated test link this seam, not the core's own
   const TinySpec spec;
   const TinyModel tiny(spec);
@@ -293,13 +299,15 @@ TEST_CASE("too little device memory and a device that fails give one clear line 
   const TinyModel tiny(spec);
   const PackedModel packed(tiny.path());
   sr_emu::faults.memory = 20000;
-  CHECK_THROWS(cuda::DeviceDecoder(packed), Error, "not enough GPU memory for the weights");
+  CHECK_THROWS(cuda::DeviceDecoder(packed), Error, "not enough GPU memory for this model");
   sr_emu::faults.memory = size_t(1) << 34;
   CHECK_EQ(sr_emu::allocated, size_t(0));
   {
     cuda::DeviceDecoder gpu(packed);
+    CHECK_THROWS(cuda::DeviceKv(gpu.config(), 1 << 26, gpu.room()), Error,
+                 "not enough GPU memory for a context of 67108864 tokens");
     sr_emu::faults.memory = sr_emu::allocated + 100000;
-    CHECK_THROWS(cuda::DeviceKv(gpu.config(), 2048), Error, "not enough GPU memory for a context of 2048 tokens");
+    CHECK_THROWS(cuda::DeviceKv(gpu.config(), 2048, gpu.room()), Error, "not enough GPU memory for the cached keys");
     sr_emu::faults.memory = size_t(1) << 34;
     cuda::DeviceKv cache(gpu.config(), 64);
     std::vector<float> logits(256);

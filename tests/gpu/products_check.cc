@@ -50,7 +50,8 @@ void check_close(const RandomMatrix& w, const std::vector<float>& x, const std::
                  const std::vector<float>& want) {
   for (int r = 0; r < w.view.rows; r++) {
     double size = 0;
-    for (int c = 0; c < w.view.cols; c++) size += std::fabs(double(w.weights[size_t(r) * w.view.cols + c]) * x[size_t(c)]);
+    for (int c = 0; c < w.view.cols; c++)
+      size += std::fabs(double(w.weights[size_t(r) * w.view.cols + c]) * x[size_t(c)]);
     CHECK_NEAR(got[at + size_t(r)], want[size_t(r)], 2e-6 * size + 1e-7);
   }
 }
@@ -218,7 +219,8 @@ TEST_CASE("rows of neurons: bit-equal to generic, all or a list, gate and up or 
       const size_t n_rows = size_t(neurons);
       std::vector<float> gate(n_rows), up(n_rows);
       float* want_gate = gated ? gate.data() : nullptr;
-      if (is_quantised(m.kind)) generic().rows_q(m, {q.data(), scale.data(), sum.data()}, nullptr, 0, neurons, want_gate, up.data());
+      if (is_quantised(m.kind))
+        generic().rows_q(m, {q.data(), scale.data(), sum.data()}, nullptr, 0, neurons, want_gate, up.data());
       else generic().rows_f(m, x.data(), nullptr, 0, neurons, want_gate, up.data());
 
       const cuda::DeviceNeurons device(m, nullptr, "a test");

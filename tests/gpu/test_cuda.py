@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "cpp" / "kernels" / "cuda").glob("*.cu"))
+HOST_SOURCES = sorted([*(ROOT / "cpp" / "cuda").glob("*.cc"), *(ROOT / "tests" / "gpu").glob("*.cc")])
 
 
 def nvcc() -> str | None:
@@ -40,6 +41,28 @@ def test_device_code_compiles_with_nvcc_for_the_oldest_gpu(source: Path, tmp_pat
     assert max(spilled) <= 64, f"registers are spilled to memory:\n{done.stderr[-3000:]}"
     shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
     assert all(n <= 48 << 10 for n in shared)
+
+
+@pytest.mark.parametrize("source", HOST_SOURCES, ids=lambda p: p.stem)
+def test_host_code_compiles_against_the_toolkit(source: Path) -> None:
+    compiler, cxx = nvcc(), shutil.which("c++") or shutil.which("g++")
+    if compiler is None or cxx is None:
+        pytest.skip("no nvcc: install the CUDA toolkit (12 or newer); the emulated checks run without it")
+    roots = [Path(compiler).resolve().parents[1], Path("/usr/local/cuda")]
+    headers = next((root / "include" for root in roots if (root / "include" / "cuda_runtime.h").is_file()), None)
+    if headers is None:
+        pytest.skip("nvcc is there, but not the toolkit's headers beside it")
+    folders = [ROOT / "cpp", ROOT / "cpp" / "include", ROOT / "tests" / "cpp", ROOT / "tests" / "gpu", headers]
+    done = subprocess.run(
+        [
+            cxx, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DSR_HAVE_CUDA",
+            *(f"-I{folder}" for folder in folders), str(source),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_there_is_device_code_and_each_file_is_emulated() -> None:
@@ -86,3 +109,34 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(stories_packed: Path) -> None:
 
 def test_the_script_for_a_gpu_is_sound() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "tests" / "gpu" / "run.sh")], check=True)
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "eval", "chat"])
+def test_a_device_memory_budget_wants_a_gpu_and_a_size(
+    command: str, stories_gguf: Path, tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time " * 50, encoding="utf-8")
+    more = {"generate": ["-p", "x"], "bench": [], "eval": ["--text", str(text), "--ctx", "16"], "chat": ["-p", "x"]}
+    for options, line in (
+        (["--device-memory", "1G"], "--device-memory is for a GPU; add --device cuda"),
+        (["--device", "cuda", "--device-memory", "much"], "a device memory budget of 'much' is no size"),
+    ):
+        result = run_cli(command, "-m", str(stories_gguf), "-q", *options, *more[command])
+        assert result.returncode == 2, result.stderr
+        assert line in result.stderr and "Traceback" not in result.stderr
+        assert not result.stdout
+
+
+def test_device_memory_through_python(stories_packed: Path) -> None:
+    from sparse_run import Model
+    from sparse_run.errors import UsageError
+
+    without_cuda()
+    with pytest.raises(UsageError, match="a device memory budget is for a GPU"):
+        Model.load(stories_packed, device_memory="1G")
+    with pytest.raises(UsageError, match="'none' is no size"):
+        Model.load(stories_packed, device="cuda", device_memory="none")
+    with Model.load(stories_packed, device="auto", device_memory="1G") as model:  # no GPU, so nothing of it is taken
+        assert model.device == "cpu"
+        assert "device_memory" not in model.stats()

@@ -1,5 +1,5 @@
-// The device's operations on vectors against the generic CPU kernels and plain sums, on random data: on a GPU, or emulated
-// in CI.
+// The device's operations on vectors against the generic CPU kernels and plain sums, on random data: on a GPU, or
+// emulated in CI.
 #include "check.h"
 
 #include <algorithm>
@@ -113,8 +113,8 @@ TEST_CASE("stream: branches with norms of their own are added, and the norm of t
 TEST_CASE("embedding: rows of every kind of weight, with scale and learned positions") {
   cuda::Stream s;
   std::mt19937 rng = fresh(13);
-  for (WeightKind kind : {WeightKind::q4, WeightKind::q5, WeightKind::q6, WeightKind::q8, WeightKind::f32, WeightKind::f16,
-                          WeightKind::bf16})
+  for (WeightKind kind : {WeightKind::q4, WeightKind::q5, WeightKind::q6, WeightKind::q8, WeightKind::f32,
+                          WeightKind::f16, WeightKind::bf16})
     for (bool min : {false, true}) {
       if (min && !is_quantised(kind)) continue;
       RandomMatrix w(kind, 150, 70, min ? 16 : 32, min, is_quantised(kind) ? 128 : 64, rng);
@@ -180,7 +180,8 @@ TEST_CASE("heads: rotated as the CPU rotates them, keys and values in the cache 
     cuda::heads(s, a, n);
     s.wait("heads");
     const auto got = from_device(dq.data(), qkv.size());
-    const auto keys = from_device(k.data(), size_t(n_kv) * n_ctx * hd), values = from_device(v.data(), size_t(n_kv) * n_ctx * hd);
+    const auto keys = from_device(k.data(), size_t(n_kv) * n_ctx * hd),
+               values = from_device(v.data(), size_t(n_kv) * n_ctx * hd);
     std::vector<float> cs(static_cast<size_t>(dims));
     for (int t = 0; t < n; t++) {
       rope.fill(pos + t, cs.data());
@@ -193,7 +194,8 @@ TEST_CASE("heads: rotated as the CPU rotates them, keys and values in the cache 
           else {
             const size_t kv = size_t(h - n_heads) % n_kv;
             const auto& cache = h < n_heads + n_kv ? keys : values;
-            CHECK_NEAR(f16_to_f32(cache[(kv * n_ctx + size_t(pos + t)) * hd + size_t(d)]), head[d], std::fabs(head[d]) * 6e-4 + 1e-6);
+            CHECK_NEAR(f16_to_f32(cache[(kv * n_ctx + size_t(pos + t)) * hd + size_t(d)]), head[d],
+                       std::fabs(head[d]) * 6e-4 + 1e-6);
           }
         }
       }
@@ -209,9 +211,10 @@ TEST_CASE("attention: equals the plain sum for any heads, block of queries, wind
     int n, pos, n_heads, n_kv, hd, window, splits;
     float cap;
   };
-  for (const Shape& c : {Shape{1, 0, 2, 2, 8, 0, 1, 0}, Shape{1, 99, 4, 4, 64, 0, 3, 0}, Shape{1, 200, 6, 2, 80, 0, 5, 0},
-                         Shape{1, 150, 12, 2, 128, 37, 4, 5}, Shape{20, 45, 6, 2, 32, 0, 2, 0}, Shape{9, 3, 4, 1, 256, 5, 1, 0},
-                         Shape{1, 40, 35, 1, 16, 0, 9, 0}}) {
+  for (const Shape& c :
+       {Shape{1, 0, 2, 2, 8, 0, 1, 0}, Shape{1, 99, 4, 4, 64, 0, 3, 0}, Shape{1, 200, 6, 2, 80, 0, 5, 0},
+        Shape{1, 150, 12, 2, 128, 37, 4, 5}, Shape{20, 45, 6, 2, 32, 0, 2, 0}, Shape{9, 3, 4, 1, 256, 5, 1, 0},
+        Shape{1, 40, 35, 1, 16, 0, 9, 0}}) {
     const int n_ctx = c.pos + c.n, hd = c.hd;
     const size_t ld = size_t(c.n_heads * hd);
     const auto q = random_vector(size_t(c.n) * ld, rng);
@@ -227,24 +230,28 @@ TEST_CASE("attention: equals the plain sum for any heads, block of queries, wind
     const size_t slots = size_t(c.splits * c.n * c.n_heads);
     const float scale = 1 / std::sqrt(float(hd));
     in_every_order([&] {
-      const cuda::DeviceBuffer<float> partial(slots * size_t(hd), "a test"), most(slots, "a test"), sum(slots, "a test");
+      const cuda::DeviceBuffer<float> partial(slots * size_t(hd), "a test"), most(slots, "a test"),
+          sum(slots, "a test");
       const cuda::DeviceVectors out(c.n, c.n_heads * hd, "a test");
       cuda::AttendArgs_ a = {{dk.data(), dv.data(), n_ctx, c.n_heads, c.n_kv, hd, c.window, scale, c.cap},
                              dq.data(), ld, at.data(), step.data(), c.splits, partial.data(), most.data(), sum.data()};
       cuda::attend(s, a, c.n);
-      cuda::MergeArgs m = {partial.data(), most.data(), sum.data(), c.splits, c.n_heads, hd, out.view(), 1, {}, step.data()};
+      cuda::MergeArgs m = {partial.data(), most.data(), sum.data(), c.splits,   c.n_heads, hd,
+                           out.view(),     1,           {},         step.data()};
       cuda::merge(s, m, c.n);
       s.wait("attention");
       const auto got = from_device(out.view().x, size_t(c.n) * size_t(out.view().padded));
       for (int t = 0; t < c.n; t++)
         for (int h = 0; h < c.n_heads; h++) {
-          const int kv = h / (c.n_heads / c.n_kv), last = c.pos + t, first = c.window ? std::max(0, last - c.window + 1) : 0;
+          const int kv = h / (c.n_heads / c.n_kv), last = c.pos + t,
+                    first = c.window ? std::max(0, last - c.window + 1) : 0;
           std::vector<double> p, want(static_cast<size_t>(hd));
           double total = 0;
           for (int j = first; j <= last; j++) {
             double dot = 0;
             for (int d = 0; d < hd; d++)
-              dot += double(q[size_t(t) * ld + size_t(h * hd + d)]) * f16_to_f32(k[(size_t(kv) * n_ctx + size_t(j)) * hd + size_t(d)]);
+              dot += double(q[size_t(t) * ld + size_t(h * hd + d)]) *
+                     f16_to_f32(k[(size_t(kv) * n_ctx + size_t(j)) * hd + size_t(d)]);
             dot *= scale;
             if (c.cap > 0) dot = c.cap * std::tanh(dot / c.cap);
             p.push_back(std::exp(dot));
@@ -252,7 +259,8 @@ TEST_CASE("attention: equals the plain sum for any heads, block of queries, wind
           }
           for (int j = first; j <= last; j++)
             for (int d = 0; d < hd; d++)
-              want[size_t(d)] += p[size_t(j - first)] / total * f16_to_f32(v[(size_t(kv) * n_ctx + size_t(j)) * hd + size_t(d)]);
+              want[size_t(d)] +=
+                  p[size_t(j - first)] / total * f16_to_f32(v[(size_t(kv) * n_ctx + size_t(j)) * hd + size_t(d)]);
           for (int d = 0; d < hd; d++)
             CHECK_NEAR(got[size_t(t) * size_t(out.view().padded) + size_t(h * hd + d)], want[size_t(d)], 2e-5);
         }
@@ -264,7 +272,8 @@ TEST_CASE("activations: every kind, gated or not, cut, and with a ReLU on up") {
   cuda::Stream s;
   std::mt19937 rng = fresh(16);
   const int n_ff = 192, n = 2;
-  for (Activation act : {Activation::silu, Activation::gelu_tanh, Activation::gelu, Activation::relu, Activation::relu2})
+  for (Activation act :
+       {Activation::silu, Activation::gelu_tanh, Activation::gelu, Activation::relu, Activation::relu2})
     for (bool gated : {true, false}) {
       const size_t ld = size_t(n_ff) * (gated ? 2 : 1);
       const auto in = random_vector(size_t(n) * ld, rng, 2.0f);
@@ -310,7 +319,8 @@ TEST_CASE("neurons that survive: activated in place, listed in order, the others
       const auto g = on_device(gate);
       const auto ids = on_device(std::vector<int>(size_t(n), -1)), count = on_device(std::vector<int>{0, 3});
       const cuda::Mask mask = {planned ? thresholds.data() : nullptr, nullptr, 5, count.data() + 1, 0};
-      cuda::survivors(s, {g.data(), n, planned ? Activation::silu : Activation::relu, 0.0f, mask, step.data(), ids.data(), count.data()});
+      cuda::survivors(s, {g.data(), n, planned ? Activation::silu : Activation::relu, 0.0f, mask, step.data(),
+                          ids.data(), count.data()});
       s.wait("survivors");
       const auto got = from_device(g.data(), size_t(n));
       const auto list = from_device(ids.data(), size_t(n)), counted = from_device(count.data(), 2);
@@ -343,7 +353,8 @@ TEST_CASE("logits: scaled, capped and checked; the most likely token is the firs
     CHECK_EQ(from_device(token.data(), 1)[0], 12345);
     CHECK_EQ(from_device(bad.data(), 1)[0], 0);
     const auto got = from_device(device.data(), size_t(n));
-    for (int i = 0; i < n; i += 97) CHECK_NEAR(got[size_t(i)], 20 * std::tanh(logits[size_t(i)] * 0.5f / 20), kClose * 4);
+    for (int i = 0; i < n; i += 97)
+      CHECK_NEAR(got[size_t(i)], 20 * std::tanh(logits[size_t(i)] * 0.5f / 20), kClose * 4);
   });
   for (float wrong : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     auto broken = logits;

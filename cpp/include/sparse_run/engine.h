@@ -21,10 +21,15 @@ struct ModelOptions {
   int threads = 0;   // 1..1024; 0 = physical cores that affinity and cgroup allow
   WeightMemory memory = WeightMemory::automatic;
   std::string device = "cpu";  // "cpu", "cuda", or "auto": the GPU where there is one that the model fits
+  // Bytes of the GPU's memory that weights, working memory and contexts of n_ctx tokens may take; 0 = what is free less a
+  // reserve. Neurons of the FFNs that do not fit are computed by the CPU, and the two results added: not bit-equal to the
+  // whole model on the GPU, as sums are added in another order.
+  size_t device_memory = 0;
   // Bytes that the whole process may take, 0 = no limit: what of the weights does not fit is read from the file in
   // every pass, past the page cache, with the same results. Includes contexts of n_ctx tokens in all, and extra_bytes.
   size_t memory_budget = 0;
-  int n_ctx = 0;              // only with a budget; 0 = what an eighth of it holds, 256..4096 and what the model knows
+  int n_ctx = 0;              // only with a budget or a GPU; 0 = what an eighth of the budget holds, 256..4096 and what the
+                              // model knows; on a GPU the last of these
   size_t extra_bytes = 0;     // only with a budget: what the caller will allocate himself
   // Only with a budget: the share of the FFNs' neurons that tokens will need together, where set_neurons or set_predictor
   // will say which. Above 0, as many single neurons as fit stay in memory, and decoding reads no others than are missing
@@ -64,6 +69,16 @@ struct MemoryStats {
   double queue_depth = 0;      // reads in progress while the disk was busy, mean
 };
 
+// What a GPU holds of a model, in bytes; all 0 where the CPU runs it.
+struct DeviceMemory {
+  size_t budget = 0;
+  size_t floor = 0;        // the smallest budget: the CPU computes all neurons
+  size_t weights = 0;
+  size_t cpu_weights = 0;  // of the neurons that did not fit
+  int cpu_layers = 0;      // which have some of them
+  double hot_share = 1;    // of all neurons, those on the GPU
+};
+
 struct SamplerOptions {
   float temperature = 0.8f;     // from 0 on; 0 = the most likely token, lowest id on ties
   int top_k = 40;               // the k most likely tokens; 0 = all
@@ -92,6 +107,7 @@ class Sampler {
 
   int32_t sample(const float* logits, int n_vocab);  // does not accept
   void accept(int32_t token);                        // counts for the repetition penalty from now on
+  bool greedy() const;                               // the most likely token is taken whatever was accepted
   void reset();                                      // forgets accepted tokens and starts the seed's sequence again
   uint64_t seed() const;                             // the one in use
 
@@ -116,6 +132,7 @@ class Model {
   size_t weight_bytes() const;     // of all tensors
   size_t bytes_per_token() const;  // that one decoded token reads
   MemoryStats memory() const;
+  DeviceMemory device_memory() const;
   // Under a budget: the caller is about to take so many bytes for a while; weights have given way when this returns.
   // With 0 they may come back. for_good: beside that, and for as long as the model lives. Waits for a pass that is
   // running. Throws Error(runtime) when the file cannot be read.

@@ -1,6 +1,6 @@
 // Attention over the fp16 cache. A block takes one key head, up to 16 rows (queries that share the head, of one or more
-// tokens) and one stretch of the keys; keys go by 32 at a time with a running softmax, four threads a key. The stretches'
-// sums are merged by a second kernel, which also makes the input of the output matrix.
+// tokens) and one stretch of the keys; keys go by 32 at a time with a running softmax, four threads a key. The
+// stretches' sums are merged by a second kernel, which also makes the input of the output matrix.
 #include "kernels/cuda/emit.h"
 #include "kernels/cuda/launch.h"
 
@@ -175,7 +175,8 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Args args) {
     __syncthreads();
   }
   for (int r = 0; r < rows; r++) {
-    const size_t slot = (size_t(blockIdx.z) * args.n + (base + r) / group) * c.n_heads + kv * group + (base + r) % group;
+    const size_t slot =
+        (size_t(blockIdx.z) * args.n + (base + r) / group) * c.n_heads + kv * group + (base + r) % group;
     if (tid == 0) {
       a.row_max[slot] = top[r];
       a.row_sum[slot] = total[r];
@@ -187,7 +188,8 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Args args) {
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       if (d >= hd || r >= rows) continue;
-      const size_t slot = (size_t(blockIdx.z) * args.n + (base + r) / group) * c.n_heads + kv * group + (base + r) % group;
+      const size_t slot =
+          (size_t(blockIdx.z) * args.n + (base + r) / group) * c.n_heads + kv * group + (base + r) % group;
       a.partial[slot * hd + d] = out[i][r];
     }
   }
@@ -231,7 +233,8 @@ void attend_rows(cudaStream_t s, const AttendArgs_& a, int n) {
 }  // namespace
 
 void heads(cudaStream_t s, const HeadsArgs& a, int n) {
-  launch("heads", heads_kernel, dim3(unsigned(a.cache.n_heads + 2 * a.cache.n_kv_heads), unsigned(n)), dim3(32), 0, s, a);
+  launch("heads", heads_kernel, dim3(unsigned(a.cache.n_heads + 2 * a.cache.n_kv_heads), unsigned(n)), dim3(32), 0, s,
+         a);
 }
 
 void attend(cudaStream_t s, const AttendArgs_& a, int n) {

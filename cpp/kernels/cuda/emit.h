@@ -1,5 +1,6 @@
-// Device functions that several files share. emit is the end of every kernel that makes the input of a product: a warp holds a slab of 32 values, stores them in fp32 and in
-// int8, masks them, and lists the active columns. The bits are those of the CPU's quantise and select.
+// Device functions that several files share. emit is the end of every kernel that makes the input of a product: a warp
+// holds a slab of 32 values, stores them in fp32 and in int8, masks them, and lists the active columns. The bits are
+// those of the CPU's quantise and select.
 #pragma once
 
 #include "kernels/cuda/launch.h"
@@ -20,7 +21,8 @@ __device__ __forceinline__ float activation(Activation act, float g) {
 }
 
 // Value of input i (lane i % 32 of the warp, which holds all of slab i / 32); inputs from width on must be passed too.
-__device__ __forceinline__ void emit(const Vectors& v, int row, int i, float value, int quantise, const Mask& mask, int pos) {
+__device__ __forceinline__ void emit(const Vectors& v, int row, int i, float value, int quantise, const Mask& mask,
+                                     int pos) {
   const int lane = i % 32, slab = i / 32, half = lane / 16, place = lane % 16;
   const bool inside = i < v.width;
   if (!inside) value = 0;

@@ -1,5 +1,6 @@
-// A block of vectors times a stored matrix. Quantised parts go through the tensor cores as bytes: a slab of 32 inputs is
-// exact in int32, then scaled and added in fp32 slab after slab, so that every output has the bits of the CPU's gemm.
+// A block of vectors times a stored matrix. Quantised parts go through the tensor cores as bytes: a slab of 32 inputs
+// is exact in int32, then scaled and added in fp32 slab after slab, so that every output has the bits of the CPU's
+// gemm.
 #include "kernels/cuda/launch.h"
 
 #ifndef SR_CUDA_EMULATED
@@ -85,9 +86,12 @@ struct PanelSource {
   __device__ void fetch(int s) {
 #pragma unroll
     for (int i = 0; i < kPerThread; i++)
-      w[i] = __ldg(reinterpret_cast<const unsigned*>(codes + size_t(s) * slab_bytes + unsigned(column + i * kColumnStep) * run));
+      w[i] = __ldg(
+          reinterpret_cast<const unsigned*>(codes + size_t(s) * slab_bytes + unsigned(column + i * kColumnStep) * run));
   }
-  __device__ float scale(int s) const { return has_scale ? from_half(load_u16(scales + size_t(s) * scale_slab)) : 0.0f; }
+  __device__ float scale(int s) const {
+    return has_scale ? from_half(load_u16(scales + size_t(s) * scale_slab)) : 0.0f;
+  }
   __device__ float low(int s) const {
     return has_scale ? from_half(load_u16(scales + size_t(s) * scale_slab + size_t(parts) * 2 * scale_R)) : 0.0f;
   }
@@ -133,19 +137,25 @@ struct NeuronSource {
   __device__ int lanes(int s) const { return min(kRowLanes, m.slabs - s / kRowLanes * kRowLanes); }
   __device__ void fetch(int s) {
     const int stripe = s / kRowLanes, l = s % kRowLanes, n = lanes(s);
-    const unsigned* low = reinterpret_cast<const unsigned*>(record + size_t(stripe) * kRowLanes * (bytes ? 32 : 16)) + l;
+    const unsigned* low =
+        reinterpret_cast<const unsigned*>(record + size_t(stripe) * kRowLanes * (bytes ? 32 : 16)) + l;
 #pragma unroll
     for (int i = 0; i < 4; i++)
       if (bytes || i < 2) w[i] = __ldg(low + ((bytes ? 4 : 2) * half + i) * n);
-    const unsigned* top = reinterpret_cast<const unsigned*>(record + m.high + size_t(stripe) * kRowLanes * high_lane) + l;
+    const unsigned* top =
+        reinterpret_cast<const unsigned*>(record + m.high + size_t(stripe) * kRowLanes * high_lane) + l;
     if (high_lane) high[0] = __ldg(top);
     if (high_lane == 8) high[1] = __ldg(top + n);
   }
   __device__ size_t scale_at(int s) const {
     return size_t(s / kRowLanes) * kRowLanes * parts + size_t(scale_part * lanes(s) + s % kRowLanes);
   }
-  __device__ float scale(int s) const { return has_scale ? from_half(load_u16(scale_record + m.scale + 2 * scale_at(s))) : 0.0f; }
-  __device__ float low(int s) const { return has_scale ? from_half(load_u16(scale_record + m.min + 2 * scale_at(s))) : 0.0f; }
+  __device__ float scale(int s) const {
+    return has_scale ? from_half(load_u16(scale_record + m.scale + 2 * scale_at(s))) : 0.0f;
+  }
+  __device__ float low(int s) const {
+    return has_scale ? from_half(load_u16(scale_record + m.min + 2 * scale_at(s))) : 0.0f;
+  }
   __device__ void put_chunk(signed char* ws, int v, unsigned word) const {
     *reinterpret_cast<unsigned*>(ws + ((v / 4 * 8 + row / 16) * 16 + row % 16) * 16 + v % 4 * 4) = word;
   }
@@ -301,7 +311,8 @@ __device__ __forceinline__ float float_weight(const uint8_t* p, size_t i, bool f
 }
 
 // The row's weight of input c is at base + c * step of `data`.
-__device__ void gemm_float(const GemmArgs& a, const uint8_t* data, size_t base, size_t step, bool four_bytes, bool half) {
+__device__ void gemm_float(const GemmArgs& a, const uint8_t* data, size_t base, size_t step, bool four_bytes,
+                           bool half) {
   const Part& m = a.m;
   const int row = int(threadIdx.x) % kTileRows, set = int(threadIdx.x) / kTileRows, tile = int(blockIdx.x);
   const int token = int(blockIdx.y) * kFloatTokens + set * 8;
@@ -362,7 +373,8 @@ void gemm(cudaStream_t s, const Matrix& w, const Vectors& x, int first, int n, f
     } else if (a.m.store == Store::q8) {
       launch("gemm, 8 bits", gemm_kernel<Source::bytes>, grid, dim3(kThreads), 0, s, a);
     } else {
-      launch("gemm, float", gemm_float_kernel, dim3(unsigned(a.m.tiles), blocks(n, kFloatTokens)), dim3(kThreads), 0, s, a);
+      launch("gemm, float", gemm_float_kernel, dim3(unsigned(a.m.tiles), blocks(n, kFloatTokens)), dim3(kThreads), 0, s,
+             a);
     }
   }
 }
@@ -380,11 +392,11 @@ void gemm_neurons(cudaStream_t s, const Neurons& w, const Vectors& x, int n, flo
   m.add = w.add;
   if (is_quantised(w.kind)) {
     m.bias = code_bias(w.kind);
-    launch("gemm, neurons", gemm_kernel<Source::neurons>, dim3(blocks(m.tiles, 2), blocks(n, kTokens)), dim3(kThreads), 0, s,
-           a);
-  } else {
-    launch("gemm, float neurons", gemm_float_neurons_kernel, dim3(unsigned(m.tiles), blocks(n, kFloatTokens)), dim3(kThreads),
+    launch("gemm, neurons", gemm_kernel<Source::neurons>, dim3(blocks(m.tiles, 2), blocks(n, kTokens)), dim3(kThreads),
            0, s, a);
+  } else {
+    launch("gemm, float neurons", gemm_float_neurons_kernel, dim3(unsigned(m.tiles), blocks(n, kFloatTokens)),
+           dim3(kThreads), 0, s, a);
   }
 }
 

@@ -1,6 +1,6 @@
-// One vector times a stored matrix. A warp takes 4 tiles (4 bits) or 2 (8 bits) of 64 rows, a word of 4 bytes a lane, so
-// that a column is read as one line of 128 bytes and can be left out; four columns are turned into dot products of bytes
-// in registers. Warps of a block share the slabs, blocks share them further; sums are added in a fixed order.
+// One vector times a stored matrix. A warp takes 4 tiles (4 bits) or 2 (8 bits) of 64 rows, a word of 4 bytes a lane,
+// so that a column is read as one line of 128 bytes and can be left out; four columns are turned into dot products of
+// bytes in registers. Warps of a block share the slabs, blocks share them further; sums are added in a fixed order.
 #include "kernels/cuda/launch.h"
 
 namespace sr {
@@ -31,8 +31,8 @@ __device__ __forceinline__ Halves4 load_halves(const uint8_t* p) {
 }
 
 // One row's share of a scale group, in the order of kernels/table.h.
-__device__ __forceinline__ float add_group(float y, int sum, float scale, float min, int has_min, int bias, float x_scale,
-                                           float x_total) {
+__device__ __forceinline__ float add_group(float y, int sum, float scale, float min, int has_min, int bias,
+                                           float x_scale, float x_total) {
   y = fmaf(__fmul_rn(float(sum), scale), x_scale, y);
   if (has_min) y = fmaf(fmaf(scale, float(bias), min), x_total, y);
   return y;
@@ -235,6 +235,10 @@ GemvPlan plan_gemv(const Matrix& w, int multiprocessors) {
 
 size_t gemv_partial_floats(const Matrix& w, const GemvPlan& plan) {
   return plan.splits > 1 ? size_t(plan.splits) * size_t(w.groups) * kRedRows : 0;
+}
+
+size_t gemv_partial_most(int groups, int multiprocessors) {
+  return size_t(3 * multiprocessors + groups) * kRedRows;  // splits are 3 * multiprocessors / groups, rounded up
 }
 
 void gemv(cudaStream_t s, const Matrix& w, const Vectors& x, const Mask& mask, const GemvPlan& plan,

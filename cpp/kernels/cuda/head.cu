@@ -64,7 +64,8 @@ struct ArgmaxArgs {
 __global__ void __launch_bounds__(256) argmax_kernel(const ArgmaxArgs a) {
   float most = -INFINITY;
   int at = 0x7fffffff;
-  for (int i = int(blockIdx.x) * 256 + int(threadIdx.x); i < a.n; i += int(gridDim.x) * 256) better(a.logits[i], i, &most, &at);
+  for (int i = int(blockIdx.x) * 256 + int(threadIdx.x); i < a.n; i += int(gridDim.x) * 256)
+    better(a.logits[i], i, &most, &at);
   block_best(&most, &at);
   if (threadIdx.x == 0) {
     a.values[blockIdx.x] = most;

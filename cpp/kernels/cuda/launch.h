@@ -23,6 +23,8 @@ struct GemvPlan {
 GemvPlan plan_gemv(const Matrix& w, int multiprocessors);
 // Scratch that gemv needs where splits > 1: floats, and ints that are zero before the first call (calls leave them so).
 size_t gemv_partial_floats(const Matrix& w, const GemvPlan& plan);
+// The most that any matrix of at most so many groups needs.
+size_t gemv_partial_most(int groups, int multiprocessors);
 struct GemvScratch {
   float* partial;
   int* tickets;  // [groups]
@@ -49,14 +51,14 @@ struct Neurons {
   }
   SR_INLINE int add_at(int id, bool up) const { return gated ? id / 64 * 128 + id % 64 + (up ? 64 : 0) : id; }
 };
-// Results at the neurons' own places: gate[id], up[id] for id of ids[0 .. *count), or for all neurons where ids is null.
-// gate or up may be null: not computed.
+// Results at the neurons' own places: gate[id], up[id] for id of ids[0 .. *count), or for all neurons where ids is
+// null. gate or up may be null: not computed.
 void rows(cudaStream_t s, const Neurons& w, const Vectors& x, const int* ids, const int* count, float* gate, float* up,
           int multiprocessors);
 // All neurons times n vectors; y [n, ldy] in the order of the panels' rows, 64 of gate, 64 of up ...
 void gemm_neurons(cudaStream_t s, const Neurons& w, const Vectors& x, int n, float* y, size_t ldy);
-// gate[i] = act(gate[i]) where its magnitude is above threshold[i] (no threshold: where it is not 0), else 0; ids of the
-// former, ascending, and their number. What is not a number stays.
+// gate[i] = act(gate[i]) where its magnitude is above threshold[i] (no threshold: where it is not 0), else 0; ids of
+// the former, ascending, and their number. What is not a number stays.
 struct SurviveArgs {
   float* gate;
   int n;
@@ -83,7 +85,8 @@ struct EmbedArgs {
 void embed(cudaStream_t s, const EmbedArgs& a, int n);
 
 // cos and sin of positions step->pos + i: table [n, 2 * half] as model/rope.h has it; frequency [half] double.
-void rope_tables(cudaStream_t s, const double* frequency, int half, float mscale, const Step* step, int n, float* table);
+void rope_tables(cudaStream_t s, const double* frequency, int half, float mscale, const Step* step, int n,
+                 float* table);
 
 // Rows of the residual stream: adds up to two branches, each through its own norm, then makes the input of the next
 // product: norm, int8, mask.
@@ -105,6 +108,9 @@ struct PrepareArgs {
   const Step* step;
 };
 void prepare(cudaStream_t s, const PrepareArgs& a, int n);
+
+// y[i, r] += add[i, r], i < n, r < width: what was computed elsewhere joins a branch.
+void add_rows(cudaStream_t s, const float* add, float* y, size_t ld, int width, int n);
 
 // A norm over part of every row, in place (QkNorm::full).
 void norm_in_place(cudaStream_t s, const NormView& norm, float* y, size_t ld, int width, int n);

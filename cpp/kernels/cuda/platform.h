@@ -24,7 +24,8 @@ namespace cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Throws Error(budget) where the device's memory does not suffice, Error(runtime) otherwise; `what` names the operation.
+// Throws Error(budget) where the device's memory does not suffice, Error(runtime) otherwise; `what` names the
+// operation.
 [[noreturn]] void fail(cudaError_t error, const char* what);
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) fail(error, what);
@@ -32,12 +33,14 @@ inline void check(cudaError_t error, const char* what) {
 
 #ifdef SR_CUDA_EMULATED
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+            A... args) {
   check(sr_emu::launch(name, kernel, grid, block, shared, stream, P(args)...), name);
 }
 #elif defined(__CUDACC__)
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+            A... args) {
   kernel<<<grid, block, shared, stream>>>(P(args)...);
   check(cudaGetLastError(), name);
 }

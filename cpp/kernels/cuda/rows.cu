@@ -1,6 +1,6 @@
-// Rows of neurons stored as records (models/format.md, layout `neurons`) times one vector: half a warp a row, a lane for
-// every sixteenth slab, which is the canonical order of kernels/table.h: bit-equal to the CPU. The list of neurons and its
-// length are read from device memory, so that a mask made by an earlier kernel needs no visit to the host.
+// Rows of neurons stored as records (models/format.md, layout `neurons`) times one vector: half a warp a row, a lane
+// for every sixteenth slab, which is the canonical order of kernels/table.h: bit-equal to the CPU. The list of neurons
+// and its length are read from device memory, so that a mask made by an earlier kernel needs no visit to the host.
 #include "kernels/cuda/emit.h"
 #include "kernels/cuda/launch.h"
 

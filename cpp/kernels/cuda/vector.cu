@@ -18,7 +18,8 @@ __device__ float weight_at(const Part& m, int row, int c) {
   const int R = min(m.panel_rows, m.tiles * kTileRows - first);
   const uint8_t* panel = m.data + size_t(row / m.panel_rows) * m.panel_bytes(m.panel_rows);
   if (m.store != Store::q4 && m.store != Store::q8) {
-    const size_t at = size_t(r / kTileRows) * kTileRows * size_t(m.cols) + size_t(c) * kTileRows + size_t(r % kTileRows);
+    const size_t at =
+        size_t(r / kTileRows) * kTileRows * size_t(m.cols) + size_t(c) * kTileRows + size_t(r % kTileRows);
     if (m.store == Store::f32) return __ldg(reinterpret_cast<const float*>(panel) + at);
     if (m.store == Store::f16) return half_at(panel, at);
     return __uint_as_float(unsigned(__ldg(reinterpret_cast<const uint16_t*>(panel) + at)) << 16);
@@ -144,6 +145,20 @@ __global__ void __launch_bounds__(kThreads) in_place_kernel(const InPlaceArgs a)
   for (int i = int(threadIdx.x); i < a.width; i += int(blockDim.x)) y[i] = apply_norm(a.norm, f, i, y[i]);
 }
 
+struct AddArgs {
+  const float* add;
+  float* y;
+  size_t ld;
+  int width;
+};
+
+__global__ void __launch_bounds__(256) add_kernel(const AddArgs a) {
+  const int i = int(blockIdx.x) * 256 + int(threadIdx.x);
+  if (i >= a.width) return;
+  const size_t at = size_t(blockIdx.y) * a.ld + size_t(i);
+  a.y[at] = __fadd_rn(a.y[at], a.add[at]);
+}
+
 __global__ void __launch_bounds__(256) activate_kernel(const ActivateArgs a) {
   const int row = int(blockIdx.y), i = int(blockIdx.x) * 256 + int(threadIdx.x);
   if (i / 32 * 32 >= a.out.padded) return;  // whole warps
@@ -179,7 +194,8 @@ void embed(cudaStream_t s, const EmbedArgs& a, int n) {
   launch("embed", embed_kernel, dim3(unsigned(a.table.cols + 255) / 256, unsigned(n)), dim3(256), 0, s, a);
 }
 
-void rope_tables(cudaStream_t s, const double* frequency, int half, float mscale, const Step* step, int n, float* table) {
+void rope_tables(cudaStream_t s, const double* frequency, int half, float mscale, const Step* step, int n,
+                 float* table) {
   const RopeArgs a = {frequency, half, mscale, step, table};
   launch("rope tables", rope_kernel, dim3(unsigned(half + 127) / 128, unsigned(n)), dim3(128), 0, s, a);
 }
@@ -191,6 +207,11 @@ void prepare(cudaStream_t s, const PrepareArgs& a, int n) {
 void norm_in_place(cudaStream_t s, const NormView& norm, float* y, size_t ld, int width, int n) {
   const InPlaceArgs a = {norm, y, ld, width};
   launch("norm", in_place_kernel, dim3(unsigned(n)), dim3(row_threads(width)), 0, s, a);
+}
+
+void add_rows(cudaStream_t s, const float* add, float* y, size_t ld, int width, int n) {
+  const AddArgs a = {add, y, ld, width};
+  launch("add", add_kernel, dim3(unsigned(width + 255) / 256, unsigned(n)), dim3(256), 0, s, a);
 }
 
 void activate(cudaStream_t s, const ActivateArgs& a, int n) {

@@ -9,8 +9,8 @@
 namespace sr {
 namespace cuda {
 
-// How a part is stored on the device. 4 bits lie exactly as in the file; 5, 6 and 8 bits are a byte per weight, u - bias
-// + 128, in the same panels; floats lie as in the file.
+// How a part is stored on the device. 4 bits lie exactly as in the file; 5, 6 and 8 bits are a byte per weight, u -
+// bias + 128, in the same panels; floats lie as in the file.
 enum class Store : int { q4, q8, f32, f16, bf16 };
 
 constexpr int kMaxParts = 4;

@@ -73,6 +73,7 @@ def bench(
     gen: int = 64,
     reps: int = 5,
     memory_budget: int | None = None,
+    device_memory: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BenchResult:
     """Measures a packed model.
@@ -83,6 +84,7 @@ def bench(
         device: "cpu", "cuda" or "auto".
         prompt: tokens of the prompt. gen: tokens decoded in a repetition. reps: repetitions of both.
         memory_budget: bytes that this process may take; weights that do not fit are read for each token.
+        device_memory: bytes of the GPU's memory that may be taken, 0 is what is free; the CPU computes what does not fit.
         progress: called as progress(what, done, total) between measurements.
 
     Raises:
@@ -118,8 +120,9 @@ def bench(
         str(path),
         threads or 0,
         memory_budget=memory_budget or 0,
-        n_ctx=n_ctx if memory_budget else 0,
+        n_ctx=n_ctx if memory_budget or device != "cpu" else 0,
         device=device,
+        device_memory=device_memory,
         aside_bytes=held.peak_bytes if held is not None else 0,
     )
     used_device = model.device

@@ -11,7 +11,8 @@ from .common import (
     Progress,
     Work,
     budget_option,
-    device_option,
+    check_device_memory,
+    device_options,
     json_option,
     model_option,
     print_json,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @click.command("bench")
 @model_option
 @threads_option
-@device_option
+@device_options
 @sparsity_option
 @budget_option
 @click.option("--prompt", type=click.IntRange(1, 2**30), default=256, show_default=True, help="Tokens of the prompt.")
@@ -49,6 +50,7 @@ def command(
     model: str | None,
     threads: int | None,
     device: str,
+    device_memory: str | None,
     sparsity: str | None,
     memory_budget: str | None,
     prompt: int,
@@ -90,14 +92,18 @@ def command(
         _machine(gather, model, threads, reps, as_json, quiet)
         return
     budget = None if memory_budget is None else parse_size(memory_budget)
+    on_device = check_device_memory(device, device_memory)
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
-    compared = None if sparsity in (None, "off") else _sparse(path, threads, device, str(sparsity), gen, reps, quiet, budget)
+    compared = None
+    if sparsity not in (None, "off"):
+        compared = _sparse(path, threads, device, on_device, str(sparsity), gen, reps, quiet, budget)
     with Work(quiet=quiet or budget is None) as work:
         result = bench(
             path,
             threads=threads,
             device=device,
+            device_memory=on_device,
             prompt=prompt,
             gen=gen,
             reps=reps,
@@ -156,7 +162,15 @@ def break_even_table(r: BreakEvenResult) -> str:
 
 
 def _sparse(
-    path: Path, threads: int | None, device: str, choice: str, gen: int, reps: int, quiet: bool, budget: int | None
+    path: Path,
+    threads: int | None,
+    device: str,
+    device_memory: int,
+    choice: str,
+    gen: int,
+    reps: int,
+    quiet: bool,
+    budget: int | None,
 ) -> SparseBenchResult | None:
     """Dense and sparse decoding in turns; None where `auto` decided for dense."""
     from .. import _core
@@ -194,7 +208,7 @@ def _sparse(
             return bench_sparse(core, file, opening, gen=gen, reps=reps)
         finally:
             core.close()
-    core = _core.Model(str(path), threads or 0, device=device)
+    core = _core.Model(str(path), threads or 0, device=device, device_memory=device_memory)
     try:
         with Work(quiet=quiet) as work:
             file = choose(choice, header, core, tokenizer, say=say, tick=work)

@@ -71,14 +71,20 @@ def ctx_option(function: F) -> F:
     )(function)
 
 
-def device_option(function: F) -> F:
-    """Gives the command `device: str`."""
+def device_options(function: F) -> F:
+    """Gives the command `device: str` and `device_memory: str | None`."""
+    function = click.option(
+        "--device-memory",
+        metavar="SIZE",
+        help="Most of the GPU's memory that the model takes, such as 6G: neurons that do not fit are computed by the CPU.  "
+        "[default: what is free]",
+    )(function)
     return click.option(
         "--device",
         type=click.Choice(["cpu", "cuda", "auto"]),
         default="cpu",
         show_default=True,
-        help="What runs the model; auto is the GPU where there is one that the model fits.",
+        help="What runs the model; auto is the GPU where there is one with room for it.",
     )(function)
 
 
@@ -197,6 +203,7 @@ class Opening:
     sparsity: str | None
     memory_budget: str | None
     device: str
+    device_memory: str | None
     mmap: bool | None
 
 
@@ -212,7 +219,7 @@ def opening_options(function: F) -> F:
         "half of the free memory]",
     )
     @threads_option
-    @device_option
+    @device_options
     @ctx_option
     @functools.wraps(function)
     def wrapper(
@@ -222,10 +229,12 @@ def opening_options(function: F) -> F:
         sparsity: str | None,
         memory_budget: str | None,
         device: str,
+        device_memory: str | None,
         mmap: bool | None,
         **kwargs: Any,
     ) -> Any:
-        return function(*args, opening=Opening(threads, ctx_size, sparsity, memory_budget, device, mmap), **kwargs)
+        opening = Opening(threads, ctx_size, sparsity, memory_budget, device, device_memory, mmap)
+        return function(*args, opening=opening, **kwargs)
 
     return wrapper  # type: ignore[return-value]
 
@@ -349,6 +358,17 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def check_device_memory(device: str, device_memory: str | None) -> int:
+    """--device-memory in bytes, 0 without it. Raises UsageError where it is no size, or the CPU was asked for."""
+    from ..memory import parse_size
+
+    if device_memory is None:
+        return 0
+    if device == "cpu":
+        raise click.UsageError("--device-memory is for a GPU; add --device cuda")
+    return parse_size(device_memory, "device memory budget")
+
+
 def load_model(
     model: str | None, opening: Opening, *, quiet: bool = False, chat_template: str | None = None
 ) -> Model:
@@ -361,6 +381,7 @@ def load_model(
         parse_size(opening.memory_budget)
         if opening.mmap is not None:
             raise UsageError("--mmap and --no-mmap say what --memory-budget decides; leave one of them out")
+    check_device_memory(opening.device, opening.device_memory)
     with Progress(quiet=quiet) as progress:
         opened = Model.load(
             model,
@@ -370,6 +391,7 @@ def load_model(
             memory_budget=opening.memory_budget,
             room_for=opening.sparsity,
             device=opening.device,
+            device_memory=opening.device_memory,
             mmap=opening.mmap,
             progress=progress,
         )

@@ -11,7 +11,8 @@ from .common import (
     Progress,
     Work,
     budget_option,
-    device_option,
+    check_device_memory,
+    device_options,
     json_option,
     model_option,
     print_json,
@@ -28,7 +29,7 @@ _CHARACTERS_PER_TOKEN = 12  # more than any tokenizer makes of a token on averag
 @click.command("eval")
 @model_option
 @threads_option
-@device_option
+@device_options
 @sparsity_option
 @budget_option
 @click.option("--text", "text_file", metavar="FILE", help="The text, UTF-8; - is standard input.")
@@ -45,6 +46,7 @@ def command(
     model: str | None,
     threads: int | None,
     device: str,
+    device_memory: str | None,
     sparsity: str | None,
     memory_budget: str | None,
     text_file: str | None,
@@ -83,10 +85,11 @@ def command(
     if (task is None) == (text_file is None):
         raise click.UsageError("give --text FILE to measure perplexity, or --task NAME with --data FILE")
     budget = 0 if memory_budget is None else parse_size(memory_budget)
+    on_device = check_device_memory(device, device_memory)
     if budget and (task is not None or sparsity not in (None, "off")):
         raise click.UsageError("--memory-budget goes with --text and no --sparsity: what they hold is not counted in it")
     if task is not None:
-        _task(model, threads, device, sparsity, task, data, limit, as_json=as_json, quiet=quiet)
+        _task(model, threads, device, on_device, sparsity, task, data, limit, as_json=as_json, quiet=quiet)
         return
     assert text_file is not None
     text = read_text(text_file).replace("\r\n", "\n").replace("\r", "\n")
@@ -105,6 +108,7 @@ def command(
             n_ctx=ctx if budget else 0,
             extra_bytes=held * LOGIT_COPIES if budget else 0,
             device=device,
+            device_memory=on_device,
             progress=lambda done, total: progress("loading", done, total),
         )
         try:
@@ -161,6 +165,7 @@ def _task(
     model: str | None,
     threads: int | None,
     device: str,
+    device_memory: int,
     sparsity: str | None,
     task: str,
     data: str | None,
@@ -185,7 +190,7 @@ def _task(
     with Progress(quiet=quiet) as progress:
         path = registry.resolve(model, progress=progress)
         tokenizer = Tokenizer.load(path)
-        core = _core.Model(str(path), threads or 0, device=device)
+        core = _core.Model(str(path), threads or 0, device=device, device_memory=device_memory)
         try:
             config = json.loads(core.config_json)
             file = None

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -22,8 +23,16 @@ long long launches = 0;
 struct Graph {
   std::vector<std::function<void()>> work;
 };
+// Work waits until the host asks for it, as late as a GPU might do it: whoever reads too early, or changes what is
+// still to be copied, gets other results.
 struct Stream {
   Graph* capturing = nullptr;
+  std::deque<std::function<void()>> waiting;
+};
+struct Event {
+  Stream* stream = nullptr;
+  int recorded = 0, reached = 0;  // how often
+  double at = 0;
 };
 
 namespace {
@@ -240,18 +249,47 @@ void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, cons
   }
 }
 
+namespace {
+
+std::vector<Stream*> streams;
+
+void later(Stream* stream, std::function<void()> work) {
+  if (stream && stream->capturing) stream->capturing->work.push_back(std::move(work));
+  else if (stream) stream->waiting.push_back(std::move(work));
+  else work();
+}
+
+void work_one(Stream* stream) {
+  const std::function<void()> work = std::move(stream->waiting.front());
+  stream->waiting.pop_front();
+  if (!faults.failed) work();
+}
+
+void finish(Stream* stream) {
+  while (stream && !stream->waiting.empty()) work_one(stream);
+}
+
+// Counts one of those that still succeed; whether this one fails.
+bool used_up(int* left) {
+  if (*left > 0) --*left;
+  else if (*left == 0) return faults.failed = true;
+  return false;
+}
+
+// A failed copy shows where the host next asks.
+std::function<void()> copy_of(void* to, const void* from, size_t bytes) {
+  return [=] {
+    if (!used_up(&faults.fail_copy_after)) std::memcpy(to, from, bytes);
+  };
+}
+
+}  // namespace
+
 int submit(Stream* stream, std::function<void()> work) {
   if (faults.failed) return cudaErrorLaunchFailure;
-  if (stream && stream->capturing) {
-    stream->capturing->work.push_back(std::move(work));
-    return cudaSuccess;
-  }
-  if (faults.fail_launch_after == 0) {
-    faults.failed = true;
-    return cudaErrorLaunchFailure;
-  }
-  if (faults.fail_launch_after > 0) faults.fail_launch_after--;
-  work();
+  const bool now = !(stream && stream->capturing);
+  if (now && used_up(&faults.fail_launch_after)) return cudaErrorLaunchFailure;
+  later(stream, std::move(work));
   return cudaSuccess;
 }
 
@@ -302,6 +340,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
+  for (Stream* stream : streams) finish(stream);
   if (p) allocated -= sizes[p];
   sizes.erase(p);
   std::free(p);
@@ -312,6 +351,7 @@ cudaError_t cudaMallocHost(void** p, size_t bytes) {
   return state();
 }
 cudaError_t cudaFreeHost(void* p) {
+  for (Stream* stream : streams) finish(stream);
   std::free(p);
   return state();
 }
@@ -322,27 +362,29 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t s) {
   if (faults.failed) return cudaErrorLaunchFailure;
-  auto work = [=] { std::memcpy(to, from, bytes); };
-  if (s && s->capturing) s->capturing->work.push_back(work);
-  else work();
+  later(s, copy_of(to, from, bytes));
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t s) {
   if (faults.failed) return cudaErrorLaunchFailure;
-  auto work = [=] { std::memset(to, value, bytes); };
-  if (s && s->capturing) s->capturing->work.push_back(work);
-  else work();
+  later(s, [=] { std::memset(to, value, bytes); });
   return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
   *s = new Stream;
+  streams.push_back(*s);
   return state();
 }
 cudaError_t cudaStreamDestroy(cudaStream_t s) {
+  finish(s);
+  streams.erase(std::find(streams.begin(), streams.end(), s));
   delete s;
   return state();
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return state(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+  if (!(s && s->capturing)) finish(s);
+  return state();
+}
 cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
   if (faults.failed || s->capturing) return cudaErrorLaunchFailure;
   s->capturing = new Graph;
@@ -357,14 +399,9 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
   *exec = new Graph(*graph);
   return state();
 }
-cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
-  if (faults.failed) return cudaErrorLaunchFailure;
-  if (faults.fail_launch_after == 0) {
-    faults.failed = true;
-    return cudaErrorLaunchFailure;
-  }
-  if (faults.fail_launch_after > 0) faults.fail_launch_after--;
-  for (const auto& work : exec->work) work();
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s) {
+  if (faults.failed || used_up(&faults.fail_launch_after)) return cudaErrorLaunchFailure;
+  for (const auto& work : exec->work) later(s, work);
   return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t g) {
@@ -383,19 +420,30 @@ double seconds() {
 }
 }  // namespace
 cudaError_t cudaEventCreate(cudaEvent_t* e) {
-  *e = new double(0);
+  *e = new Event;
   return state();
 }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return cudaEventCreate(e); }
 cudaError_t cudaEventDestroy(cudaEvent_t e) {
+  finish(e->stream);  // which may still have to reach it
   delete e;
   return state();
 }
-cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
-  *e = seconds();
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+  if (faults.failed || (s && s->capturing)) return cudaErrorLaunchFailure;
+  e->stream = s;
+  const int number = ++e->recorded;
+  later(s, [=] {
+    e->reached = number;
+    e->at = seconds();
+  });
+  return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+  while (e->reached != e->recorded && e->stream && !e->stream->waiting.empty()) work_one(e->stream);
   return state();
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return state(); }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
-  *ms = float((*b - *a) * 1e3);
+  *ms = float((b->at - a->at) * 1e3);
   return state();
 }

@@ -1,9 +1,9 @@
 // A GPU made of fibers: enough of CUDA's language and runtime to run the sources of cpp/kernels/cuda and cpp/cuda on a
-// host without one. Every thread of a block is a fiber; it runs until it meets a barrier or a warp operation. Checked on
-// the way: threads that leave a barrier or a warp behind, warp operations that differ within a warp, wrong launch sizes.
-// Shared and device memory begin as NaN. The order in which threads and blocks run can be turned round or shuffled
-// (sr_emu::set_order): code that lacks a barrier then gives other results. What this cannot show: speed, and the order in
-// which real hardware makes one thread's writes visible to another.
+// host without one. Every thread of a block is a fiber; it runs until it meets a barrier or a warp operation. Checked
+// on the way: threads that leave a barrier or a warp behind, warp operations that differ within a warp, wrong launch
+// sizes. Shared and device memory begin as NaN. The order in which threads and blocks run can be turned round or
+// shuffled (sr_emu::set_order): code that lacks a barrier then gives other results. What this cannot show: speed, and
+// the order in which real hardware makes one thread's writes visible to another.
 #pragma once
 
 #include <algorithm>
@@ -136,7 +136,8 @@ T __shfl_sync(unsigned mask, T v, int from) {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T v, int with) {
   sr_emu::check_mask(mask);
-  return sr_emu::from_bits<T>(sr_emu::warp_exchange("__shfl_xor_sync", sr_emu::to_bits(v))[(sr_emu::lane() ^ with) & 31]);
+  return sr_emu::from_bits<T>(
+      sr_emu::warp_exchange("__shfl_xor_sync", sr_emu::to_bits(v))[(sr_emu::lane() ^ with) & 31]);
 }
 inline unsigned __ballot_sync(unsigned mask, int v) {
   sr_emu::check_mask(mask);
@@ -221,11 +222,13 @@ void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& f, const T* p, unsig
   check_stride(ldm, sizeof(T));
   if (reinterpret_cast<uintptr_t>(p) % 32) sr_emu::broken("a wmma load that is not aligned to 32 bytes");
   for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) f.x[i * 16 + j] = std::is_same<Layout, row_major>::value ? p[i * ldm + j] : p[j * ldm + i];
+    for (int j = 0; j < 16; j++)
+      f.x[i * 16 + j] = std::is_same<Layout, row_major>::value ? p[i * ldm + j] : p[j * ldm + i];
 }
 template <class L1, class L2>
 void mma_sync(fragment<accumulator, 16, 16, 16, int>& d, const fragment<matrix_a, 16, 16, 16, signed char, L1>& a,
-              const fragment<matrix_b, 16, 16, 16, signed char, L2>& b, const fragment<accumulator, 16, 16, 16, int>& c) {
+              const fragment<matrix_b, 16, 16, 16, signed char, L2>& b,
+              const fragment<accumulator, 16, 16, 16, int>& c) {
   sr_emu::warp_exchange("mma_sync", 0);
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) {
@@ -252,16 +255,18 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpy
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 
 
-constexpr unsigned cudaStreamNonBlocking = 1;
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
 
 namespace sr_emu {
 struct Stream;
 struct Graph;
+struct Event;
 // Test switches: device memory that is left, allocations and launches that fail.
 struct Faults {
   int devices = 1;
   size_t memory = size_t(1) << 34;
   int fail_launch_after = -1;  // launches that still succeed; -1: all
+  int fail_copy_after = -1;    // copies, of those that run in a stream or a graph
   bool failed = false;         // every later call reports the failure, as a broken context does
 };
 extern Faults faults;
@@ -282,7 +287,7 @@ cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block
 using cudaStream_t = sr_emu::Stream*;
 using cudaGraph_t = sr_emu::Graph*;
 using cudaGraphExec_t = sr_emu::Graph*;
-using cudaEvent_t = double*;
+using cudaEvent_t = sr_emu::Event*;
 struct cudaDeviceProp {
   char name[256];
   size_t totalGlobalMem;
@@ -312,6 +317,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t g);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g);
 cudaError_t cudaGetLastError();
 cudaError_t cudaEventCreate(cudaEvent_t* e);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t e);
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s);
 cudaError_t cudaEventSynchronize(cudaEvent_t e);
