@@ -20,6 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
+from ahead import Work
+
 # A test run started in the background ignores Ctrl-C, and so would every program it starts; a handler is not inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -32,6 +34,30 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("SPARSE_RUN_TEST_STRICT") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+_work = Work()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the cross build comes last: it runs ahead meanwhile."""
+    items.sort(key=lambda item: "arm" in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Starts the long work that the chosen tests will wait for (support/ahead.py)."""
+    if session.config.option.collectonly:
+        return
+    chosen: dict[Any, list[pytest.Item]] = {}
+    for item in session.items:
+        chosen.setdefault(getattr(item, "module", None), []).append(item)
+    for module, items in chosen.items():
+        if hasattr(module, "ahead"):
+            module.ahead(_work, items)
+
+
+def pytest_sessionfinish() -> None:
+    _work.stop()
 
 
 @pytest.fixture(scope="session")
@@ -186,6 +212,21 @@ def run_cli() -> RunCli:
             timeout=timeout,
             cwd=cwd,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """`run_python(program, *args)`: what a Python program prints as its own process, where a memory budget or a peak counts
+    nothing that other tests have loaded. Fails with its errors."""
+
+    def run(program: str, *args: Any) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, args)], check=False, capture_output=True, encoding="utf-8"
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     return run
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from cpp_build import BuildUnavailable, build
+from ahead import Work
+from cpp_build import BuildUnavailable, build, build_ahead, core_folder, packaged_core
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted(p.stem for p in (ROOT / "tests" / "cpp").glob("*_test.cc"))
@@ -24,12 +25,23 @@ ISA_FOLDERS = ("avx2", "avx512")
 X86 = platform.machine() in ("x86_64", "AMD64", "amd64")
 
 
+def ahead(work: Work, items: list[pytest.Item]) -> None:
+    build_ahead(work, ROOT)
+
+
 @pytest.fixture(scope="session")
 def build_folder(need: Callable[[str], NoReturn]) -> Path:
     try:
         return build(ROOT)
     except BuildUnavailable as error:
         need(str(error))
+
+
+@pytest.fixture(scope="session")
+def commands(build_folder: Path) -> list[dict[str, str]]:
+    """Every compilation of the core that the programs are linked with, and of the programs."""
+    folders = {build_folder, core_folder(build_folder)}
+    return [entry for folder in folders for entry in json.loads((folder / "compile_commands.json").read_text())]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -51,15 +63,15 @@ def test_there_are_programs() -> None:
     assert PROGRAMS
 
 
-def objects(folder: Path) -> dict[Path, Path]:
-    """Object files of the core by source, from compile_commands.json."""
-    out = {}
-    for entry in json.loads((folder / "compile_commands.json").read_text()):
-        source = Path(entry["file"])
-        if source.is_relative_to(ROOT / "cpp") or source.is_relative_to(ROOT / "predictors"):
+def objects(commands: list[dict[str, str]]) -> list[tuple[Path, Path]]:
+    """(source, object) of the core; without the bindings, which are machine code only after they are linked."""
+    out = []
+    for entry in commands:
+        source = Path(entry["file"]).relative_to(ROOT)
+        if source.parts[0] in ("cpp", "predictors") and source.parts[1] != "bindings":
             words = entry.get("command", "").split()
             output = entry.get("output") or words[words.index("-o") + 1]
-            out[source.relative_to(ROOT)] = Path(entry["directory"]) / output
+            out.append((source, Path(entry["directory"]) / output))
     return out
 
 
@@ -69,8 +81,7 @@ def isa_of(source: Path) -> str | None:
 
 
 @pytest.mark.skipif(not X86, reason="flags of x86-64")
-def test_only_isa_folders_are_compiled_with_isa_flags(build_folder: Path) -> None:
-    commands = json.loads((build_folder / "compile_commands.json").read_text())
+def test_only_isa_folders_are_compiled_with_isa_flags(commands: list[dict[str, str]]) -> None:
     assert commands
     seen = set()
     for entry in commands:
@@ -87,11 +98,13 @@ def test_only_isa_folders_are_compiled_with_isa_flags(build_folder: Path) -> Non
 
 
 @pytest.mark.skipif(not X86, reason="instructions of x86-64")
-def test_baseline_objects_hold_no_avx_instruction(build_folder: Path, need: Callable[[str], NoReturn]) -> None:
+def test_baseline_objects_hold_no_avx_instruction(
+    commands: list[dict[str, str]], need: Callable[[str], NoReturn]
+) -> None:
     if shutil.which("objdump") is None:
         need("no objdump: install binutils")
     wrong = []
-    for source, path in objects(build_folder).items():
+    for source, path in objects(commands):
         if isa_of(source) is None:
             text = subprocess.run(
                 ["objdump", "-d", "--no-show-raw-insn", path], check=False, capture_output=True, text=True
@@ -104,14 +117,14 @@ def test_baseline_objects_hold_no_avx_instruction(build_folder: Path, need: Call
 
 @pytest.mark.skipif(not X86, reason="instructions of x86-64")
 def test_isa_objects_export_no_inline_function_that_others_could_pick_up(
-    build_folder: Path, need: Callable[[str], NoReturn]
+    commands: list[dict[str, str]], need: Callable[[str], NoReturn]
 ) -> None:
     """The linker keeps one copy of an inline function that several objects hold. If that copy came from an object built
     with AVX flags, code for every processor would run it."""
     if shutil.which("nm") is None:
         need("no nm: install binutils")
     held: dict[str, set[str]] = {"baseline": set()}
-    for source, path in objects(build_folder).items():
+    for source, path in objects(commands):
         lines = subprocess.run(
             ["nm", "--defined-only", path], check=False, capture_output=True, text=True
         ).stdout.splitlines()
@@ -124,8 +137,48 @@ def test_isa_objects_export_no_inline_function_that_others_could_pick_up(
             assert not both, f"objects of {isa} and {other} both hold {sorted(both)[:5]}: make them static"
 
 
+def test_the_package_s_core_is_linked_only_while_it_is_that_of_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program linked with an older core would pass or fail for what no longer is."""
+    for name in ("CXX", "CXXFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    built = tmp_path / "build" / "cp310-cp310-linux_x86_64"
+    source = tmp_path / "cpp" / "base" / "a.cc"
+    for folder in (built, source.parent):
+        folder.mkdir(parents=True)
+    cache = "CMAKE_BUILD_TYPE:STRING=Release\nCMAKE_CXX_FLAGS:STRING=\nSPARSE_RUN_CUDA:BOOL=OFF\n"
+    library = built / "libsr_core.a"
+    for path, text in (
+        (tmp_path / "CMakeLists.txt", ""),
+        (source, ""),
+        (built / "CMakeCache.txt", cache),
+        (built / "compile_commands.json", "[]"),
+        (library, ""),
+    ):
+        path.write_text(text)
+    old, new = 1_000_000_000, 1_000_000_100
+    for path in (tmp_path / "CMakeLists.txt", tmp_path / "cpp", source.parent, source):
+        os.utime(path, (old, old))
+    os.utime(library, (new, new))
+    assert packaged_core(tmp_path) == library
+    for path in (tmp_path / "CMakeLists.txt", source.parent, source):  # edited; a file added or removed; edited
+        os.utime(path, (new + 1, new + 1))
+        assert packaged_core(tmp_path) is None, path
+        os.utime(path, (old, old))
+    for ours, other in (("CUDA:BOOL=OFF", "CUDA:BOOL=ON"), ("Release", "Debug"), ("FLAGS:STRING=", "FLAGS:STRING=-O0")):
+        assert ours in cache
+        (built / "CMakeCache.txt").write_text(cache.replace(ours, other))
+        assert packaged_core(tmp_path) is None, other
+    (built / "CMakeCache.txt").write_text(cache)
+    monkeypatch.setenv("CXX", "clang++")
+    assert packaged_core(tmp_path) is None
+    monkeypatch.delenv("CXX")
+    assert packaged_core(tmp_path) == library
+
+
 def test_build_folder_is_not_tracked() -> None:
-    if not os.path.isdir(ROOT / ".git"):
+    if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     done = subprocess.run(["git", "-C", ROOT, "ls-files", "build"], check=False, capture_output=True, text=True)
     assert not done.stdout

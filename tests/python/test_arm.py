@@ -6,18 +6,20 @@ a program that tells the tiny model's story runs on three processors, each of wh
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from cpp_build import BuildUnavailable, build
+from ahead import Work
+from cpp_build import BuildUnavailable, build, build_ahead
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLCHAIN = ROOT / "tests" / "cpp" / "aarch64.cmake"
@@ -35,12 +37,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def missing() -> str:
+    """What to install first, or nothing."""
+    for tool, package in (("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu"), ("qemu-aarch64", "qemu-user")):
+        if shutil.which(tool) is None:
+            return f"no {tool}: install {package}"
+    return ""
+
+
 @pytest.fixture(scope="module")
 def arm(need: Callable[[str], NoReturn]) -> Path:
     """The folder of the cross build."""
-    for tool, package in (("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu"), ("qemu-aarch64", "qemu-user")):
-        if shutil.which(tool) is None:
-            need(f"no {tool}: install {package}")
+    if missing():
+        need(missing())
     try:
         return build(ROOT, TOOLCHAIN)
     except BuildUnavailable as error:
@@ -61,32 +70,31 @@ def emulated(
     )
 
 
-Finished = Callable[[str, str], "subprocess.CompletedProcess[str]"]
+_runs: dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]] = {}
 
 
-@pytest.fixture(scope="module")
-def finished(arm: Path, request: pytest.FixtureRequest) -> Iterator[Finished]:
-    """`finished(processor, program)`: how a test program ended. Those of all selected tests run two at once, from the first
-    that is asked for on: emulated they take long, and most of it is the work of one thread."""
-    wanted = [
-        (item.callspec.params["processor"], item.callspec.params["program"])
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.function is test_program_passes
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        runs: dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]] = {
-            (processor, program): pool.submit(emulated, processor, arm / program) for processor, program in wanted
-        }
-        yield lambda processor, program: runs[processor, program].result()
-        pool.shutdown(cancel_futures=True)
+def ahead(work: Work, items: list[pytest.Item]) -> None:
+    """Both builds, then every chosen program: emulated they take long, and most of it is the work of one thread."""
+    if missing() or platform.machine() in ("aarch64", "arm64"):
+        return
+    build_ahead(work, ROOT)
+    folder = build_ahead(work, ROOT, TOOLCHAIN)
+
+    def run(processor: str, program: str) -> subprocess.CompletedProcess[str]:
+        return work.run(["qemu-aarch64", "-cpu", processor, str(folder.result() / program)], timeout=1800)
+
+    for item in items:
+        if isinstance(item, pytest.Function) and item.function is test_program_passes:
+            wanted = (item.callspec.params["processor"], item.callspec.params["program"])
+            _runs[wanted] = work.submit(functools.partial(run, *wanted))
 
 
 @pytest.mark.parametrize(
     ("processor", "program"),
     [*(("max", program) for program in PROGRAMS), ("cortex-a53", "kernels_test"), ("cortex-a53", "rows_test")],
 )
-def test_program_passes(processor: str, program: str, finished: Finished) -> None:
-    done = finished(processor, program)
+def test_program_passes(processor: str, program: str, arm: Path) -> None:
+    done = _runs[processor, program].result()
     assert done.returncode == 0, f"{program} returned {done.returncode}\n{done.stderr[-6000:]}"
     assert re.search(r"\b[1-9]\d* cases, 0 failed", done.stderr), f"{program} ran nothing: {done.stderr!r}"
 

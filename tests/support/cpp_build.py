@@ -1,4 +1,5 @@
-"""Builds the C++ core and its tests with CMake, once, into a folder that later runs reuse; also for another processor."""
+"""Builds the C++ tests with CMake, once, into a folder that later runs reuse; also for another processor. The core itself is
+taken from where `pip install .` compiled it, where that is of these sources: it is most of the work."""
 
 from __future__ import annotations
 
@@ -6,7 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
+
+from ahead import Work
+
+_ahead: dict[Path | None, Future[Path]] = {}  # builds that were started, by toolchain
+Run = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
 
 
 class BuildUnavailable(Exception):
@@ -19,9 +27,51 @@ def tool(name: str) -> str | None:
     return str(beside) if beside.is_file() else shutil.which(name)
 
 
-def configure(root: Path, toolchain: Path | None = None) -> Path:
-    """Configures the build without Python and returns its folder; compile_commands.json is in it. A CMake toolchain file
-    makes it one for another processor, in a folder of its own."""
+def packaged_core(root: Path) -> Path | None:
+    """The core's static library that `pip install .` left in build/, in a folder with compile_commands.json, if it is
+    younger than every source (folders count: files may have gone) and compiled as the tests' build would compile it."""
+    if os.environ.get("CXX") or os.environ.get("CXXFLAGS"):
+        return None
+    sources = [root / "CMakeLists.txt", root / "cpp", *(root / "cpp").rglob("*"), *root.glob("predictors/*/select.cc")]
+    wanted = {"CMAKE_BUILD_TYPE:STRING=Release", "CMAKE_CXX_FLAGS:STRING=", "SPARSE_RUN_CUDA:BOOL=OFF"}
+    newest = max(path.stat().st_mtime for path in sources)
+    for library in (root / "build").glob("*/libsr_core.a"):
+        cache = library.with_name("CMakeCache.txt")
+        settings = cache.read_text("utf-8", "replace").splitlines() if cache.is_file() else []
+        described = library.with_name("compile_commands.json").is_file()
+        if described and wanted <= set(settings) and library.stat().st_mtime > newest:
+            return library
+    return None
+
+
+def build(root: Path, toolchain: Path | None = None) -> Path:
+    """Configures and builds everything without Python; returns the folder with the test programs. A CMake toolchain file
+    makes it a build for another processor, in a folder of its own. One that was started ahead is waited for."""
+    return _ahead[toolchain].result() if toolchain in _ahead else _build(root, toolchain, _captured)
+
+
+def build_ahead(work: Work, root: Path, toolchain: Path | None = None) -> Future[Path]:
+    """Starts `build` unless it was started, after those that were: a build fills the machine by itself."""
+    if toolchain not in _ahead:
+        earlier = list(_ahead.values())
+
+        def piece() -> Path:
+            wait(earlier)
+            return _build(root, toolchain, work.run)
+
+        _ahead[toolchain] = work.submit(piece)
+    return _ahead[toolchain]
+
+
+def core_folder(folder: Path) -> Path:
+    """The folder whose compile_commands.json names the objects of the core that the programs of a build are linked with."""
+    for line in (folder / "CMakeCache.txt").read_text("utf-8").splitlines():
+        if line.startswith("SPARSE_RUN_CORE:FILEPATH=/"):
+            return Path(line.split("=", 1)[1]).parent
+    return folder
+
+
+def _build(root: Path, toolchain: Path | None, run: Run) -> Path:
     cmake = tool("cmake")
     if cmake is None:
         raise BuildUnavailable("no cmake: pip install '.[test]'")
@@ -36,23 +86,19 @@ def configure(root: Path, toolchain: Path | None = None) -> Path:
     ]  # fmt: skip
     if toolchain is not None:
         command.append(f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
+    else:
+        command.append(f"-DSPARSE_RUN_CORE={packaged_core(root) or ''}")  # empty: compile it here
     ninja = tool("ninja")
     if ninja and not (folder / "CMakeCache.txt").exists():
         command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    _run(command)
+    for step in (command, [cmake, "--build", str(folder), "--parallel", str(min(2, os.cpu_count() or 1))]):
+        done = run(step)
+        if done.returncode:
+            lines = (done.stdout + done.stderr).splitlines()
+            errors = [line for line in lines if "error" in line.lower()]
+            raise AssertionError(f"{' '.join(step)} failed:\n" + "\n".join((errors[:30] or lines)[-60:]))
     return folder
 
 
-def build(root: Path, toolchain: Path | None = None) -> Path:
-    """Configures and builds everything; returns the folder with objects and test programs."""
-    folder = configure(root, toolchain)
-    _run([str(tool("cmake")), "--build", str(folder), "--parallel", str(min(2, os.cpu_count() or 1))])
-    return folder
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stdout + done.stderr).splitlines()
-        errors = [line for line in lines if "error" in line.lower()]
-        raise AssertionError(f"{' '.join(command)} failed:\n" + "\n".join((errors[:30] or lines)[-60:]))
+def _captured(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=False, capture_output=True, text=True)
