@@ -116,11 +116,17 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["generate", "convert", "info"])
-@pytest.mark.parametrize("name", BAD)
+# info reads the header alone, and so does not find weights that are not finite.
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        (name, command)
+        for name in BAD
+        for command in ("generate", "convert", "info")
+        if (name, command) != ("weights not finite", "info")
+    ],
+)
 def test_bad_models_are_one_clear_line(name: str, command: str, tmp_path: Path, run_cli: Any) -> None:
-    if command == "info" and name == "weights not finite":
-        pytest.skip("info reads the header alone")
     make, words = BAD[name]
     path = tmp_path / "model.gguf"
     make(path)

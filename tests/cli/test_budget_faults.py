@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+Need = Callable[[str], NoReturn]
 PROMPT = ("-p", "Once upon a time", "-n", "8", "--temp", "0", "-t", "2", "-c", "256")
 
 
@@ -50,11 +52,11 @@ def budget(smollm2_packed: Path) -> str:
 
 
 @pytest.fixture()
-def without_direct_reads(smollm2_packed: Path, tmp_path: Path) -> Iterator[Path]:
+def without_direct_reads(smollm2_packed: Path, tmp_path: Path, need: Need) -> Iterator[Path]:
     at = tmp_path / "ram"
     at.mkdir()
     if os.geteuid() != 0 or not done_by("mount", "-t", "ramfs", "none", str(at)):
-        pytest.skip("a file system without direct reads cannot be mounted here")
+        need("a file system without direct reads cannot be mounted here")
     try:
         yield Path(shutil.copytree(smollm2_packed, at / "packed"))
     finally:
@@ -62,7 +64,7 @@ def without_direct_reads(smollm2_packed: Path, tmp_path: Path) -> Iterator[Path]
 
 
 @pytest.fixture()
-def disk(smollm2_packed: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+def disk(smollm2_packed: Path, tmp_path: Path, need: Need) -> Iterator[tuple[Path, Path]]:
     """(mount point of a disk that holds the model, the file that the disk is)."""
     image, at = tmp_path / "image", tmp_path / "disk"
     at.mkdir()
@@ -70,9 +72,9 @@ def disk(smollm2_packed: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     with image.open("wb") as file:
         file.truncate(int(size * 1.2) + (16 << 20))
     if os.geteuid() != 0 or not done_by("mkfs.ext4", "-q", "-F", str(image)):
-        pytest.skip("no file system can be made here")
+        need("no file system can be made here")
     if not done_by("mount", "-o", "loop", str(image), str(at)):
-        pytest.skip("no disk can be mounted here")
+        need("no disk can be mounted here")
     try:
         shutil.copytree(smollm2_packed, at / "packed")
         yield at, image
@@ -134,13 +136,13 @@ def test_a_disk_that_goes_away_ends_the_generation_in_one_line(
     assert other.stdout == answer
 
 
-def test_a_file_that_may_not_be_read_is_named(stories_packed: Path, tmp_path: Path) -> None:
+def test_a_file_that_may_not_be_read_is_named(stories_packed: Path, tmp_path: Path, need: Need) -> None:
     packed = Path(shutil.copytree(stories_packed, tmp_path / "packed"))
     command = generate(packed, "--memory-budget", "200M")
     if os.geteuid() == 0:  # the superuser may read everything, unless he gives that up
         command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
         if not done_by(*command[:3], "true"):
-            pytest.skip("the superuser's rights cannot be given up here")
+            need("the superuser's rights cannot be given up here")
     allowed = run(command)
     assert allowed.returncode == 0, allowed.stderr
     (packed / "weights.safetensors").chmod(0)

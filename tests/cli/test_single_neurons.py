@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sparse_run import _core, errors, load, sparsity
+from sparse_run import _core, errors, sparsity
 from sparse_run.convert.neuron_file import NEURON_FILE, hot_first, write_neuron_file
 from sparse_run.neurons import known, needs
 from sparse_run.packed_header import read_header
@@ -72,12 +72,12 @@ def generate(run_cli: RunCli, packed: Path, method: str, *more: object) -> subpr
 
 
 @pytest.fixture(scope="module")
-def floor(packed: Path) -> int:
+def floor(packed: Path, run_cli: RunCli) -> int:
     """The smallest budget, as the refusal names it."""
-    with pytest.raises(errors.BudgetError) as refused:
-        load(packed, threads=2, ctx_size=256, memory_budget="1M", room_for="predicted")
-    match = re.search(r"--memory-budget (\d+)M or more", str(refused.value))
-    assert match, refused.value
+    done = generate(run_cli, packed, "predicted", "--memory-budget", "1M")
+    assert done.returncode == 5, done.stderr
+    match = re.search(r"--memory-budget (\d+)M or more", done.stderr)
+    assert match, done.stderr
     return int(match[1]) * 10**6
 
 
@@ -90,7 +90,7 @@ def test_the_answer_is_that_of_the_method_in_memory(
     expected = json.loads(whole.stdout)
     assert expected["text"] != json.loads(generate(run_cli, packed, "off").stdout)["text"]
     from_neurons = 0
-    for extra in (5, 55, 85, 150):
+    for extra in (5, 75, 105, 170):
         done = generate(run_cli, packed, method, "--memory-budget", floor + extra * 10**6, "--stats")
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
@@ -106,14 +106,14 @@ def test_the_answer_is_that_of_the_method_in_memory(
             assert memory["neuron_hits"] + memory["neuron_misses"] > 0
             assert "single neurons" in done.stderr
             if method == "fixed":
-                assert memory["neuron_misses"] <= memory["neuron_hits"] / 10 + 1 or extra < 85
+                assert memory["neuron_misses"] <= memory["neuron_hits"] / 10 + 1 or extra < 105
         else:
             assert "leaves room for" in memory["no_neurons"] and "leaves room for" in done.stderr
     assert from_neurons >= (0 if method == "gates" else 2)
 
 
 def test_bench_measures_a_method_under_a_budget_and_eval_refuses(packed: Path, run_cli: RunCli, floor: int) -> None:
-    budget = ("--memory-budget", floor + 100 * 10**6)
+    budget = ("--memory-budget", floor + 120 * 10**6)
     sizes = ("--prompt", 8, "--gen", 4, "--reps", 2)
     done = run_cli("bench", "-m", packed, *sizes, "--sparsity", "fixed", *budget, "--json", "-t", 2)
     assert done.returncode == 0, done.stderr
@@ -127,21 +127,30 @@ def test_bench_measures_a_method_under_a_budget_and_eval_refuses(packed: Path, r
     assert done.returncode == 2 and "--memory-budget" in done.stderr
 
 
-def test_a_level_that_was_not_calibrated_is_refused_under_a_budget(packed: Path, run_cli: RunCli, floor: int) -> None:
+def test_a_level_that_was_not_calibrated_is_refused_under_a_budget(
+    packed: Path, run_cli: RunCli, run_python: Callable[..., str], floor: int
+) -> None:
     done = generate(run_cli, packed, "0.37", "--memory-budget", floor + 50 * 10**6)
     assert done.returncode == 2, done.stderr
     assert "calibrate" in done.stderr and len([s for s in done.stderr.splitlines() if "error" in s]) == 1
-    with load(packed, threads=1, ctx_size=256, memory_budget=floor + 50 * 10**6) as model:
-        with pytest.raises(errors.UsageError, match="room_for"):
-            model.set_sparsity("fixed")
-        model.set_sparsity(None)
+    program = """
+import sys
+from sparse_run import errors, load
+with load(sys.argv[1], threads=1, ctx_size=256, memory_budget=int(sys.argv[2])) as model:
+    try:
+        model.set_sparsity("fixed")
+    except errors.UsageError as error:
+        print(error)
+    model.set_sparsity(None)
+"""
+    assert "room_for" in run_python(program, packed, floor + 70 * 10**6)
 
 
-def test_order_puts_hot_neurons_first_and_changes_no_bit(packed: Path, shared_dir: Path, tmp_path: Path) -> None:
-    text = (shared_dir / "data" / "wikitext2_test_excerpt.txt").read_text("utf-8")[:20000] if (
-        shared_dir / "data" / "wikitext2_test_excerpt.txt"
-    ).is_file() else "The river rises in the hills and the town lies on its banks. " * 400
-    order = hot_first(packed, text)
+def test_order_puts_hot_neurons_first_and_changes_no_bit(
+    packed: Path, shared_dir: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    text = (shared_dir / "data" / "calibration" / "c4.txt").read_text("utf-8")
+    order = hot_first(packed, text[:8000])
     n_ff = order.shape[1]
     assert all((np.sort(row) == np.arange(n_ff)).all() for row in order)
     folder = tmp_path / "ordered"
@@ -153,11 +162,10 @@ def test_order_puts_hot_neurons_first_and_changes_no_bit(packed: Path, shared_di
     write_neuron_file(folder, order)
 
     def answer(path: Path) -> tuple[list[int], dict[str, int]]:
-        with load(path, threads=2, ctx_size=256, memory_budget=320 * 10**6, room_for="fixed") as model:
-            model.set_sparsity("fixed")
-            generation = model.generate(PROMPT, max_tokens=10, temperature=0)
-            generation.read()
-            return generation.tokens, model.stats()["memory"]
+        done = generate(run_cli, path, "fixed", "--memory-budget", "320M")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        return found["tokens"], found["memory"]
 
     (plain, one), (ordered, other) = answer(packed), answer(folder)
     assert plain == ordered
