@@ -57,8 +57,12 @@ class Work:
     @staticmethod
     def _kill(process: subprocess.Popen[str]) -> None:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(process.pid, signal.SIGTERM)  # ninja passes it on to compilers, which have groups of their own
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def stop(self) -> None:
         """Ends what runs and forgets what waits."""
