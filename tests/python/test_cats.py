@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from sparse_run import _core, sparsity
 from sparse_run.errors import UsageError
-from sparse_run.eval import compare
+from sparse_run.eval import compare, compare_all
 from sparse_run.packed_header import PackedHeader, read_header
 from sparse_run.predictors.cats.fit import Chess, Fit
 from sparse_run.predictors.common import methods
@@ -133,9 +133,11 @@ def test_level_0_is_dense(fits: dict[str, Fit], model: _core.Model, wiki: list[i
 def test_quality_falls_with_the_level(fits: dict[str, Fit], model: _core.Model, wiki: list[int]) -> None:
     """A plain float32 implementation finds +8% for CATS at 30% on this model."""
     found = {}
-    for level in (0.3, 0.6):
-        plan = _core.Sparsity(model, fits["cats"].thresholds_at("uniform", level)[0], dense_tokens=DENSE)
-        r = compare(model, wiki, plan, n_vocab=49152, ctx=512, chunks=4)
+    levels = (0.3, 0.6)
+    plans = [
+        _core.Sparsity(model, fits["cats"].thresholds_at("uniform", level)[0], dense_tokens=DENSE) for level in levels
+    ]
+    for level, r in zip(levels, compare_all(model, wiki, plans, n_vocab=49152, ctx=512, chunks=4), strict=True):
         found[level] = r.perplexity / r.perplexity_dense - 1
         assert r.density["G"] == pytest.approx(1 - level, abs=0.08)
         print(f"cats {level:.0%}: {found[level]:+.1%}, {r.density}")

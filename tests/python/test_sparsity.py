@@ -179,8 +179,9 @@ def test_uniform_levels_cost_what_other_implementations_say(model: _core.Model, 
     """A plain float32 implementation finds about +0%, +14%, +59% on this model and text; on few tokens, masks from the first
     position on (predictors/teal/RESULTS.md)."""
     increase = {}
-    for level in (0.25, 0.4, 0.5):
-        r = compare(model, wiki, fit.plan(fit.levels("uniform", level)), n_vocab=49152, ctx=512, chunks=6)
+    levels = (0.25, 0.4, 0.5)
+    plans = [fit.plan(fit.levels("uniform", level)) for level in levels]
+    for level, r in zip(levels, compare_all(model, wiki, plans, n_vocab=49152, ctx=512, chunks=6), strict=True):
         increase[level] = r.perplexity / r.perplexity_dense - 1
         print(f"uniform {level:.0%}: {r.perplexity_dense:.2f} -> {r.perplexity:.2f} ({increase[level]:+.1%})")
     assert -0.03 < increase[0.25] < 0.1
@@ -332,13 +333,13 @@ def test_greedy_is_better_than_uniform(model: _core.Model, header: PackedHeader,
     whatever the engine would run dense."""
     # Two chunks of the four: greedy searches take long.
     fit = Fit(model, Tokenizer.load(header.path), header, Options(tokens=512, eval_tokens=512, ctx=256), text=text)
-    found = {}
-    for allocation in ("uniform", "greedy"):
-        thresholds, _ = fit.thresholds_at(allocation, 0.3)
-        plan = _core.Sparsity(model, thresholds, dense_tokens=DENSE, break_even=1.0)
-        found[allocation] = compare(model, wiki, plan, n_vocab=49152, ctx=512, chunks=3)
-    assert found["greedy"].kl_mean < 0.95 * found["uniform"].kl_mean
-    assert found["greedy"].density["body"] == pytest.approx(found["uniform"].density["body"], abs=0.015)
+    plans = [
+        _core.Sparsity(model, fit.thresholds_at(allocation, 0.3)[0], dense_tokens=DENSE, break_even=1.0)
+        for allocation in ("uniform", "greedy")
+    ]
+    uniform, greedy = compare_all(model, wiki, plans, n_vocab=49152, ctx=512, chunks=3)
+    assert greedy.kl_mean < 0.95 * uniform.kl_mean
+    assert greedy.density["body"] == pytest.approx(uniform.density["body"], abs=0.015)
 
 
 def test_wina_end_to_end(model: _core.Model, header: PackedHeader, shared_dir: Path, wiki: list[int]) -> None:
