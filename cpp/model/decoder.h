@@ -245,6 +245,8 @@ class Decoder {
   float break_even(const Pass& pass, int layer, Site site) const;
   // Of `offered` neurons `kept` are computed; rows: rows of each of the others that are not read.
   void count_neurons(const Pass& pass, Site site, const NeuronRows& w, int kept, int offered, int rows) const;
+  // What decoding would read of a layer's neurons for row `row` of a block whose gates are known.
+  void count_row_neurons(const Pass& pass, int layer, int row) const;
   // What w multiplies in decode: `in`, its columns listed where fewer are kept than the break-even.
   Input masked(const Pass& pass, int tid, int layer, Site site, InputBuffer* in, bool selected = false) const;
   void mask_row(const Pass& pass, int layer, Site site, int row, InputBuffer* in) const;

@@ -1,6 +1,9 @@
 // The working memory of a decoder: what belongs to one thread, and what a block of prompt tokens needs.
 #pragma once
 
+#include <array>
+#include <atomic>
+
 #include "model/decoder.h"
 
 namespace sr {
@@ -48,6 +51,10 @@ struct Decoder::Prediction {
 };
 
 struct Decoder::Block {
+  struct Counts {
+    std::atomic<int> in_set{0}, kept{0};
+  };
+  std::array<Counts, kMaxBlock> neurons;  // of a row: those that others have chosen, and those of them that are kept
   AlignedBuffer<float> x;         // [kMaxBlock, n_embd] residual stream
   InputBuffer in, att, z;         // rows of n_embd, n_attn, n_ff
   AlignedBuffer<float> qkv;       // [kMaxBlock, padded rows of attn_qkv]

@@ -9,10 +9,35 @@
 namespace sr {
 namespace {
 
-// Whether a neuron is kept: |g| above its threshold, or not 0 where there is none. What is not a number is kept, not
-// hidden.
-bool survives(float g, const Thresholds& threshold, int id) {
-  return !(std::fabs(g) <= (threshold ? threshold.of(id) : 0.0f));
+// Whether a neuron is kept: |g| above its threshold. What is not a number is kept, not hidden.
+inline bool survives(float g, float threshold) { return !(std::fabs(g) <= threshold); }
+
+// z = gate * up where the gate exceeds its threshold, else 0, of neurons that stand side by side; how many exceed it.
+// STRIDE is the threshold's. Without branches, so that the compiler takes several at once.
+template <int STRIDE>
+int masked_products(const float* gate, const float* up, const float* threshold, int n, float* z) {
+  int kept = 0;
+  for (int i = 0; i < n; i++) {
+    const bool keep = survives(gate[i], threshold[STRIDE * i]);
+    const float product = gate[i] * up[i];
+    z[i] = keep ? product : 0.0f;
+    kept += keep;
+  }
+  return kept;
+}
+
+// Of neurons id(k), k in [0, n), whose gates are gate[at(k)], those that exceed their thresholds: ids and their gates
+// in front; how many. A gate is read before its place is written: at(k) >= k.
+template <int STRIDE, class Id, class At>
+int compact(float* gate, const float* threshold, int n, Id id, At at, int32_t* ids) {
+  int kept = 0;
+  for (int k = 0; k < n; k++) {
+    const float g = gate[at(k)];
+    ids[kept] = id(k);
+    gate[kept] = g;
+    kept += survives(g, threshold[STRIDE * id(k)]);
+  }
+  return kept;
 }
 
 }  // namespace
@@ -89,51 +114,81 @@ void Decoder::decode_neurons(int tid, const Pass& pass, int layer) {
 
 // Gate rows of the share's neurons; then, where it pays, up rows of those only that are not 0 (that exceed the
 // thresholds of site G). Whether it pays is decided by what the share's last token kept: reading gate and up in one go
-// is faster than reading them one after the other.
+// is faster than reading them one after the other. Of a list that names most neurons all rows are read: results of
+// position k of a list stand at begin + k - first, of all neurons at the neuron's number.
 void Decoder::decode_neurons(int tid, const Pass& pass, int layer, NeuronShare share) {
   Thread& t = *thread_[size_t(tid)];
   const NeuronRows& w = ffn_weights(layer).ffn_rows;
-  const int32_t* list = share.list;
-  const int begin = share.begin, end = share.end, first = share.first, last = share.last;
-  float *gate = gate_up_.data(), *up = gate + config_.n_ff, *z = z_.row(0);
+  const int begin = share.begin, end = share.end, first = share.first, n = share.last - share.first;
   if (begin >= end) return;
+  const int32_t* list = share.list ? share.list + first : nullptr;
+  float *gate = gate_up_.data() + begin, *up = gate + config_.n_ff, *z = z_.row(0);
   const bool gated = config_.ffn_gated;
-  if (list) count_neurons(pass, Site::N, w, last - first, share.more ? 0 : end - begin, gated ? 2 : 1);
   const Thresholds threshold = gated ? threshold_for(pass, layer, Site::G, pass.pos, true) : Thresholds();
   const bool choose = gated && (threshold || skips_zeros(pass));
   float* last_kept = &t.kept_share[size_t(layer)];
   const bool apart = choose && *last_kept <= break_even(pass, layer, Site::G);
-  // Results stand in the list's order.
-  multiply_rows(pass, layer, tid, list, first, last, gated ? gate : nullptr, apart ? nullptr : up, first);
-  float* active = gated ? gate : up;
-  activate(active + first, nullptr, last - first, active + first);
-  if (gated && !apart) activate_up(up + first, last - first);
+  const bool all = list && !pass.stored && float(n) > break_even(pass, layer, Site::N) * float(end - begin);
+  if (list) {
+    const int rows = all ? (apart ? 1 : 0) : gated ? 2 : 1;
+    count_neurons(pass, Site::N, w, n, share.more ? 0 : end - begin, rows);
+  }
+  // Products of `count` neurons, of a list or from `begin` on, into g and u from their beginnings on.
+  const auto multiply = [&](const int32_t* ids, int count, float* g, float* u) {
+    const int from = ids ? 0 : begin;
+    multiply_rows(pass, layer, tid, ids, from, from + count, g ? indexed_from(g, size_t(from)) : nullptr,
+                  u ? indexed_from(u, size_t(from)) : nullptr, first);
+  };
+  const int computed = list && !all ? n : end - begin;
+  multiply(all ? nullptr : list, computed, gated ? gate : nullptr, apart ? nullptr : up);
+  activate(gated ? gate : up, nullptr, computed, gated ? gate : up);
+  if (gated && !apart) activate_up(up, computed);
   if (!list && !choose) {
-    for (int i = begin; i < end; i++) z[i] = gated ? gate[i] * up[i] : up[i];
+    for (int i = 0; i < n; i++) z[begin + i] = gated ? gate[i] * up[i] : up[i];
     return;
   }
-  if (!share.more) std::fill(z + begin, z + end, 0.0f);
+  if (list && !share.more) std::fill(z + begin, z + end, 0.0f);
   if (!choose) {
-    for (int k = first; k < last; k++) z[list[k]] = gated ? gate[k] * up[k] : up[k];
+    for (int k = 0; k < n; k++) {
+      const int id = list[k], at = all ? id - begin : k;
+      z[id] = gated ? gate[at] * up[at] : up[at];
+    }
     return;
   }
-  int32_t* ids = survivors_.data() + first;
+  const Thresholds limit = threshold ? threshold : kNotZero;
+  const float* own = limit.at + (list ? 0 : begin * limit.stride);  // what ids of a list, or positions, count from
   int kept = 0;
-  for (int k = first; k < last; k++) {
-    const int id = list ? list[k] : k;
-    ids[kept] = id;
-    const float g = gate[k];
-    gate[first + kept] = g;
-    if (!apart) up[first + kept] = up[k];
-    kept += survives(g, threshold, id);
+  if (!list && !apart) {
+    kept = limit.stride ? masked_products<1>(gate, up, own, n, z + begin)
+                        : masked_products<0>(gate, up, own, n, z + begin);
+    *last_kept = float(kept) / float(n);
+    count_neurons(pass, Site::G, w, kept, n, 0);
+    return;
   }
-  if (last > first) *last_kept = float(kept) / float(last - first);
-  count_neurons(pass, Site::G, w, kept, last - first, apart ? 1 : 0);
-  if (apart) {
-    multiply_rows(pass, layer, tid, ids, 0, kept, nullptr, up + first, first);
-    activate_up(up + first, kept);
+  int32_t* ids = survivors_.data() + begin;
+  if (list && !apart) {
+    for (int k = 0; k < n; k++) {
+      const int id = list[k], at = all ? id - begin : k;
+      const bool keep = survives(gate[at], limit.of(id));
+      z[id] = keep ? gate[at] * up[at] : 0.0f;
+      kept += keep;
+    }
+  } else if (list) {
+    const auto id = [&](int k) { return list[k]; };
+    const auto at = [&](int k) { return all ? list[k] - begin : k; };
+    kept = limit.stride ? compact<1>(gate, own, n, id, at, ids) : compact<0>(gate, own, n, id, at, ids);
+  } else {
+    const auto at = [](int k) { return k; };
+    kept = limit.stride ? compact<1>(gate, own, n, at, at, ids) : compact<0>(gate, own, n, at, at, ids);
+    for (int k = 0; k < kept; k++) ids[k] += begin;
+    std::fill(z + begin, z + end, 0.0f);
   }
-  for (int k = 0; k < kept; k++) z[ids[k]] = gate[first + k] * up[first + k];
+  if (n) *last_kept = float(kept) / float(n);
+  count_neurons(pass, Site::G, w, kept, n, apart ? 1 : 0);
+  if (!apart) return;
+  multiply(ids, kept, nullptr, up);
+  activate_up(up, kept);
+  for (int k = 0; k < kept; k++) z[ids[k]] = gate[k] * up[k];
 }
 
 // Rows [row_begin, row_end) of a block, the 64 neurons of a unit, in either layout: gate and up into local memory, from
@@ -171,13 +226,13 @@ void Decoder::prefill_neurons(Thread& t, const Pass& pass, int layer, int unit, 
       int in_set = 0, kept = 0;
       for (int k = 0; k < kTileRows; k++) {
         const bool offered = !flags || flags[first + k];
-        const bool keep = offered && (!threshold || survives(gate[k], threshold, first + k));
+        const bool keep = offered && (!threshold || survives(gate[k], threshold.of(first + k)));
         z[k] = !keep ? 0.0f : gated ? gate[k] * up[k] : gate[k];
         in_set += offered;
         kept += keep;
       }
-      if (flags) count_neurons(pass, Site::N, w.ffn_rows, in_set, kTileRows, step);
-      if (threshold) count_neurons(pass, Site::G, w.ffn_rows, kept, in_set, 1);
+      b.neurons[i].in_set.fetch_add(in_set, std::memory_order_relaxed);
+      b.neurons[i].kept.fetch_add(kept, std::memory_order_relaxed);
     }
     if (w.ffn_down.quantised && !w.ffn_sub_norm) b.z.quantise(i, first, kTileRows);
   }

@@ -138,6 +138,7 @@ void Decoder::prefill(int tid, const Pass& pass) {
     const LayerWeights& f = ffn_weights(l);
     for_rows(from, [&](int i) {
       count_held(pass, pass.pos + i, false, w.attn_o.bytes + f.ffn_bytes());
+      b.neurons[i].in_set = b.neurons[i].kept = 0;
       prepare_ffn(f, branch_row(b.branch_o, i), t.scratch.data(), x_row(i), &b.in, i);
       mask_row(pass, l, Site::M, i, &b.in);
     });
@@ -158,6 +159,7 @@ void Decoder::prefill(int tid, const Pass& pass) {
           norm_row(f.ffn_sub_norm, b.z.row(i), c.n_ff, b.z.row(i));
           if (f.ffn_down.quantised) b.z.quantise(i);
         }
+        count_row_neurons(pass, l, i);
         mask_row(pass, l, Site::Z, i, &b.z);
       });
       pool_.barrier();

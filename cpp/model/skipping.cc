@@ -11,8 +11,13 @@
 namespace sr {
 namespace {
 
-// Above this share of neurons gate and up are read in one go.
-constexpr float kNeuronBreakEven = 0.85f;
+// Share of neurons above which all are read in one go, by the length of a row: short rows of a list are read at a third
+// to a half of the rate of all (cpp/kernels/README.md), and gate rows alone a little slower than both.
+float break_even_of_rows(const NeuronRows& w, Site site) {
+  const size_t bytes = w ? w.m.row_stride() : SIZE_MAX;
+  if (bytes < 512) return site == Site::G ? 0.25f : 0.4f;
+  return bytes < 1024 ? 0.7f : 0.85f;
+}
 
 }  // namespace
 
@@ -80,14 +85,18 @@ const NeuronSet* Decoder::chosen(const Pass& pass, int layer, bool decode) const
 
 float Decoder::break_even(const Pass& pass, int layer, Site site) const {
   const SparsityPlan* plan = pass.skipping.plan;
-  if (plan && plan->break_even(site) != SparsityPlan::kByShape) return plan->break_even(site);
-  return site == Site::G ? kNeuronBreakEven : break_even_[size_t(layer) * 4 + size_t(site)];
+  if (site != Site::N && plan && plan->break_even(site) != SparsityPlan::kByShape) return plan->break_even(site);
+  if (site != Site::G && site != Site::N) return break_even_[size_t(layer) * 4 + size_t(site)];
+  return break_even_of_rows(ffn_weights(layer).ffn_rows, site);
 }
 
 float Decoder::break_even(Site site) const {
-  if (site == Site::G) return kNeuronBreakEven;
   float least = 1;
-  for (int l = 0; l < config_.n_layers; l++) least = std::min(least, break_even_[size_t(l) * 4 + size_t(site)]);
+  for (int l = 0; l < config_.n_layers; l++) {
+    const bool rows = site == Site::G || site == Site::N;
+    least = std::min(least, rows ? break_even_of_rows(ffn_weights(l).ffn_rows, site)
+                                 : break_even_[size_t(l) * 4 + size_t(site)]);
+  }
   return least;
 }
 
@@ -125,6 +134,19 @@ void Decoder::count_neurons(const Pass& pass, Site site, const NeuronRows& w, in
   counts->offered[size_t(site)].fetch_add(offered, std::memory_order_relaxed);
   const int64_t saved = int64_t(offered - kept) * rows * int64_t(w.m.row_bytes());
   counts->bytes_read.fetch_sub(saved, std::memory_order_relaxed);
+}
+
+void Decoder::count_row_neurons(const Pass& pass, int layer, int row) const {
+  const NeuronRows& w = ffn_weights(layer).ffn_rows;
+  if (!w || pass.skipping.measure || !pass.skipping.counts) return;
+  const bool gated = config_.ffn_gated, listed = neurons_kept(pass, layer, row) != nullptr;
+  const bool chosen = gated && threshold_for(pass, layer, Site::G, pass.pos + row, false);
+  const Block::Counts& counts = block_->neurons[size_t(row)];
+  const int offered = config_.n_ff, in_set = counts.in_set, kept = counts.kept;
+  const bool apart = chosen && float(kept) <= break_even(pass, layer, Site::G) * float(in_set);
+  const bool all = float(in_set) > break_even(pass, layer, Site::N) * float(offered);
+  if (listed) count_neurons(pass, Site::N, w, in_set, offered, all ? (apart ? 1 : 0) : gated ? 2 : 1);
+  if (chosen) count_neurons(pass, Site::G, w, kept, in_set, apart ? 1 : 0);
 }
 
 Input Decoder::masked(const Pass& pass, int tid, int layer, Site site, InputBuffer* in, bool selected) const {

@@ -21,7 +21,8 @@ SparsityPlan::SparsityPlan(int n_layers, const std::array<int, kSites>& widths, 
     : n_layers_(n_layers),
       dense_tokens_(dense_tokens),
       widths_(widths),
-      thresholds_(size_t(n_layers) * kSites),
+      entries_(size_t(n_layers) * kSites),
+      own_(entries_.size()),
       serial_(next_serial()) {
   if (dense_tokens < 0) throw Error(ErrorCode::usage, "dense_tokens must be 0 or more, got " + std::to_string(dense_tokens));
   break_even_.fill(kByShape);
@@ -48,9 +49,18 @@ void SparsityPlan::set(int layer, Site site, const float* thresholds, size_t n) 
     }
   }
   const bool same = std::all_of(thresholds, thresholds + n, [&](float t) { return t == thresholds[0]; });
-  AlignedBuffer<float> own(same ? 1 : width, "thresholds");
-  std::copy_n(thresholds, own.size(), own.data());
-  thresholds_[size_t(layer) * kSites + size_t(site)] = std::move(own);
+  const size_t at = size_t(layer) * kSites + size_t(site);
+  Entry entry;
+  entry.set = true;
+  entry.same = thresholds[0];
+  own_[at] = AlignedBuffer<float>();
+  if (!same) {
+    AlignedBuffer<float> own(width, "thresholds");
+    std::copy_n(thresholds, width, own.data());
+    own_[at] = std::move(own);
+    entry.each = own_[at].data();
+  }
+  entries_[at] = entry;
   serial_ = next_serial();
 }
 

@@ -52,15 +52,22 @@ class SparsityPlan {
   // Thresholds [width] of a site, one value repeated where n is 1. Throws Error(usage) on another n, a negative or NaN.
   void set(int layer, Site site, const float* thresholds, size_t n);
   Thresholds threshold(int layer, Site site) const {
-    const AlignedBuffer<float>& t = thresholds_[size_t(layer) * kSites + size_t(site)];
-    return {t.size() ? t.data() : nullptr, t.size() > 1};
+    const Entry& e = entries_[size_t(layer) * kSites + size_t(site)];
+    return {e.each ? e.each : e.set ? &e.same : nullptr, e.each != nullptr};
   }
 
  private:
   int n_layers_, dense_tokens_;
   std::array<float, kSites> break_even_;
   std::array<int, kSites> widths_;
-  std::vector<AlignedBuffer<float>> thresholds_;
+  // A layer's entries are two lines of memory: looked up cold at every token, one value must not lie elsewhere.
+  struct Entry {
+    const float* each = nullptr;  // in own_
+    float same = 0;               // where all are the same
+    bool set = false;
+  };
+  std::vector<Entry> entries_;
+  std::vector<AlignedBuffer<float>> own_;
   uint64_t serial_;
 };
 

@@ -205,7 +205,8 @@ def test_what_half_of_the_neurons_costs(model: _core.Model, header: PackedHeader
         assert r.density["N"] == pytest.approx(1 - level, abs=0.01)
         print(f"griffin {level:.0%}: {r.perplexity / r.perplexity_dense - 1:+.1%} {r.density}")
     assert 0 < found[0.25].kl_mean < found[0.6].kl_mean and found[0.25].top1_agreement > found[0.6].top1_agreement
-    assert found[0.6].density["body"] < found[0.25].density["body"] < 0.95
+    # Rows of 384 bytes are skipped where that pays, which it does not at 75%: see cpp/kernels/README.md.
+    assert found[0.6].density["body"] < 0.7 < found[0.25].density["body"] <= 1
 
 
 def test_levels_and_protected_layers(model: _core.Model, header: PackedHeader, text: str) -> None:

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/simd/list_bits.h"
 #include "kernels/table.h"
 
 namespace sr {
@@ -127,6 +128,7 @@ struct Vec {
     }
     return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
   }
+  static int list32(uint32_t bits, uint8_t* list) { return simd::list_bits(bits, list); }
 
   // The first `count` (1..N, N = 16 or 32) entries of cols: off[i] = cols[i] * run and the bytes of x4 the inputs
   // q[cols[i]], up to N entries written; beyond count the last column with an input of 0.

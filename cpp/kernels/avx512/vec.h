@@ -97,6 +97,17 @@ struct Vec {
     }
     return _mm256_test_epi8_mask(v, v);
   }
+  // As list_bits (simd/list_bits.h), without its table of 2 KiB, which weights push out of the caches between two uses.
+  static int list32(uint32_t bits, uint8_t* list) {
+    const I first = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __mmask16 low = __mmask16(bits), high = __mmask16(bits >> 16);
+    const int n = __builtin_popcount(low);
+    const I a = _mm512_maskz_compress_epi32(low, first);
+    const I b = _mm512_maskz_compress_epi32(high, _mm512_add_epi32(first, _mm512_set1_epi32(16)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(list), _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(list + n), _mm512_cvtepi32_epi8(b));
+    return n + __builtin_popcount(high);
+  }
 
   // The first `count` (1..N, N = 16 or 32) entries of cols: off[i] = cols[i] * run and the bytes of x4 the inputs
   // q[cols[i]], up to N entries written; beyond count the last column with an input of 0.

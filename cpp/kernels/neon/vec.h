@@ -9,6 +9,7 @@
 
 #include "kernels/neon/codes.h"
 #include "kernels/neon/variant.h"
+#include "kernels/simd/list_bits.h"
 #include "kernels/table.h"
 #if SR_NEON_LEVEL == 0
 #include "kernels/neon/acc_long.h"
@@ -130,6 +131,7 @@ struct Vec {
     }
     return bits_of(set[0], set[1]);
   }
+  static int list32(uint32_t bits, uint8_t* list) { return simd::list_bits(bits, list); }
 
   // The first `count` (1..N, N = 16 or 32) entries of cols: off[i] = cols[i] * run and the bytes of x4 the inputs
   // q[cols[i]], up to N entries written; beyond count the last column with an input of 0.
