@@ -1,5 +1,6 @@
-// What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER]]. Prints the device's copy rate, the products alone,
-// and decoding through the engine: dense, with half of all columns left out, and with the exact zeros of a ReLU left
+// What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER]]. With 0 layers: two small ones, which shows that the
+// program works, emulated too. Prints the device's copy rate, the products alone, and decoding through the engine: dense,
+// greedy, with half of all columns left out, with half of the neurons on the CPU, and with the exact zeros of a ReLU left
 // out. The models are random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and removed. No timing is
 // taken while anything else than the step runs; medians of repetitions.
 #include <algorithm>
@@ -26,7 +27,12 @@ namespace {
 using namespace sr;
 using Clock = std::chrono::steady_clock;
 
-constexpr int kEmbd = 4096, kHeads = 32, kHeadDim = 128, kFf = 11008, kVocab = 32000;  // Llama-2-7B
+struct Shape {
+  int embd, heads, head_dim, ff, vocab, panel_rows;
+};
+constexpr Shape kSevenB = {4096, 32, 128, 11008, 32000, 1664};  // Llama-2-7B
+constexpr Shape kSmall = {256, 4, 64, 512, 500, 128};
+Shape shape = kSevenB;
 
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
@@ -51,7 +57,7 @@ PanelMatrix panel_view(int rows, int cols) {
   m.kind = WeightKind::q4;
   m.rows = rows;
   m.cols = cols;
-  m.panel_rows = 1664;
+  m.panel_rows = shape.panel_rows;
   return m;
 }
 
@@ -103,9 +109,9 @@ class Synthetic {
 
   void write_config(double cut) const {
     std::ofstream f(path_ + "/config.json");
-    f << "{\"format_version\": 1, \"architecture\": \"bench\", \"n_layers\": " << layers_ << ", \"n_embd\": " << kEmbd
-      << ", \"n_heads\": " << kHeads << ", \"n_kv_heads\": " << kHeads << ", \"head_dim\": " << kHeadDim
-      << ", \"n_ff\": " << kFf << ", \"n_vocab\": " << kVocab
+    f << "{\"format_version\": 1, \"architecture\": \"bench\", \"n_layers\": " << layers_
+      << ", \"n_embd\": " << shape.embd << ", \"n_heads\": " << shape.heads << ", \"n_kv_heads\": " << shape.heads
+      << ", \"head_dim\": " << shape.head_dim << ", \"n_ff\": " << shape.ff << ", \"n_vocab\": " << shape.vocab
       << ", \"n_ctx_train\": 4096, \"norm\": \"rms\", \"activation\": \"" << (relu_ ? "relu" : "silu")
       << "\", \"activation_threshold\": " << cut << ", \"rope_style\": \"half\"}";
   }
@@ -120,33 +126,35 @@ class Synthetic {
 
   static std::string panel_layout(int rows, int cols) {
     return "{\"layout\": \"panels\", \"version\": 1, \"kind\": \"q4\", \"rows\": " + std::to_string(rows) +
-           ", \"cols\": " + std::to_string(cols) + ", \"panel_rows\": 1664, \"group\": 32, \"min\": false}";
+           ", \"cols\": " + std::to_string(cols) + ", \"panel_rows\": " + std::to_string(shape.panel_rows) +
+           ", \"group\": 32, \"min\": false}";
   }
 
   void write_weights() const {
-    const std::string qkv = panels(3 * kEmbd, kEmbd), o = panels(kEmbd, kEmbd), down = panels(kEmbd, kFf);
-    const std::string gate_up = relu_ ? records(kFf, kEmbd) : panels(2 * kFf, kEmbd);
-    const std::string vocab = panels(kVocab, kEmbd);
-    const std::vector<float> ones(kEmbd, 1.0f);
+    const std::string qkv = panels(3 * shape.embd, shape.embd), o = panels(shape.embd, shape.embd),
+                      down = panels(shape.embd, shape.ff);
+    const std::string gate_up = relu_ ? records(shape.ff, shape.embd) : panels(2 * shape.ff, shape.embd);
+    const std::string vocab = panels(shape.vocab, shape.embd);
+    const std::vector<float> ones(shape.embd, 1.0f);
     const std::string norm(reinterpret_cast<const char*>(ones.data()), ones.size() * 4);
     std::vector<Tensor> all;
     const auto add = [&](const std::string& name, const std::string& data, const std::string& layout) {
-      all.push_back({name, layout, &data, layout.empty(), kEmbd});
+      all.push_back({name, layout, &data, layout.empty(), shape.embd});
     };
-    add("token_embd", vocab, panel_layout(kVocab, kEmbd));
-    add("output", vocab, panel_layout(kVocab, kEmbd));
+    add("token_embd", vocab, panel_layout(shape.vocab, shape.embd));
+    add("output", vocab, panel_layout(shape.vocab, shape.embd));
     add("output_norm", norm, "");
     const std::string neurons =
-        "{\"layout\": \"neurons\", \"version\": 1, \"kind\": \"q4\", \"neurons\": " + std::to_string(kFf) +
-        ", \"cols\": " + std::to_string(kEmbd) + ", \"gated\": true, \"group\": 32, \"min\": false}";
+        "{\"layout\": \"neurons\", \"version\": 2, \"kind\": \"q4\", \"neurons\": " + std::to_string(shape.ff) +
+        ", \"cols\": " + std::to_string(shape.embd) + ", \"gated\": true, \"group\": 32, \"min\": false}";
     for (int l = 0; l < layers_; l++) {
       const std::string at = "layers." + std::to_string(l) + ".";
       add(at + "attn_norm", norm, "");
       add(at + "ffn_norm", norm, "");
-      add(at + "attn_qkv", qkv, panel_layout(3 * kEmbd, kEmbd));
-      add(at + "attn_o", o, panel_layout(kEmbd, kEmbd));
-      add(at + "ffn_gate_up", gate_up, relu_ ? neurons : panel_layout(2 * kFf, kEmbd));
-      add(at + "ffn_down", down, panel_layout(kEmbd, kFf));
+      add(at + "attn_qkv", qkv, panel_layout(3 * shape.embd, shape.embd));
+      add(at + "attn_o", o, panel_layout(shape.embd, shape.embd));
+      add(at + "ffn_gate_up", gate_up, relu_ ? neurons : panel_layout(2 * shape.ff, shape.embd));
+      add(at + "ffn_down", down, panel_layout(shape.embd, shape.ff));
     }
     std::string header = "{\"__metadata__\":{", tensors, pads;
     size_t at = 0;
@@ -314,12 +322,12 @@ struct Decoding {
 
 Decoding decode(Session& session, int past, int tokens) {
   std::vector<int32_t> prompt;
-  for (int i = 0; i < past; i++) prompt.push_back(1 + i * 37 % (kVocab - 1));
+  for (int i = 0; i < past; i++) prompt.push_back(1 + i * 37 % (shape.vocab - 1));
   session.truncate(0);
   session.eval(prompt.data(), past);
   std::vector<double> times;
   for (int i = 0; i < tokens + 3; i++) {
-    const int32_t id = 1 + i * 101 % (kVocab - 1);
+    const int32_t id = 1 + i * 101 % (shape.vocab - 1);
     const auto t0 = Clock::now();
     session.eval(&id, 1);
     if (i >= 3) times.push_back(std::chrono::duration<double>(Clock::now() - t0).count());
@@ -333,7 +341,7 @@ std::vector<std::vector<float>> quantiles(Session& session, int layers, double s
   const int n = 8;
   std::vector<int32_t> ids;
   for (int i = 0; i < n; i++) ids.push_back(100 + 17 * i);
-  std::vector<float> x(size_t(n) * kEmbd), out(x.size());
+  std::vector<float> x(size_t(n) * shape.embd), out(x.size());
   session.truncate(0);
   session.embed(ids.data(), n, x.data());
   std::vector<std::vector<float>> found;
@@ -362,27 +370,57 @@ std::vector<std::vector<float>> quantiles(Session& session, int layers, double s
   return found;
 }
 
-Model open(const std::string& path) {
+Model open(const std::string& path, size_t device_memory = 0) {
   ModelOptions options;
   options.path = path;
   options.device = "cuda";
+  options.device_memory = device_memory;
+  options.n_ctx = 1024;
   return Model(options);
 }
 
-void whole(const std::string& folder, int layers, double copy) {
-  constexpr int kPast = 64, kTokens = 48;
+// Greedy decoding, of which the host sees a token at a time.
+double greedy_rate(Session& session, int past, int tokens) {
+  SamplerOptions greedy;
+  greedy.temperature = 0;
+  Sampler sampler(greedy);
+  decode(session, past, 1);
+  std::vector<double> times;
+  for (int i = 0; i < tokens; i++) {
+    const auto t0 = Clock::now();
+    session.step(&sampler);
+    if (i) times.push_back(std::chrono::duration<double>(Clock::now() - t0).count());
+  }
+  return 1 / median(times);
+}
+
+// The same model with room for about half of its neurons: the CPU computes the others.
+void divided(const std::string& path, const DeviceMemory& all, int past, int tokens, double undivided) {
+  const Model model = open(path, all.floor + all.weights / 3);
+  const DeviceMemory m = model.device_memory();
+  Session session(model, 1024);
+  const Decoding d = decode(session, past, tokens);
+  std::printf("divided, %.0f%% of the neurons on the GPU, %.2f GB on the CPU (%d threads, %d layers): %.1f tok/s, "
+              "%.2fx undivided\n",
+              100 * m.hot_share, double(m.cpu_weights) / 1e9, model.threads(), m.cpu_layers, d.tokens_per_s,
+              d.tokens_per_s / undivided);
+}
+
+void whole(const std::string& folder, int layers, double copy, bool tiny) {
+  const int past = tiny ? 4 : 64, tokens = tiny ? 3 : 48, prompted = tiny ? 20 : 512;
   {
     const Synthetic synthetic(folder, layers, false);
     const Model model = open(synthetic.path());
     Session session(model, 1024);
-    const Decoding dense = decode(session, kPast, kTokens);
+    const Decoding dense = decode(session, past, tokens);
     const double rate = double(model.bytes_per_token()) * dense.tokens_per_s / 1e9;
     std::printf(
-        "decode, %d layers of 7B shape, 4 bits, dense: %.1f tok/s, %.2f ms, %.1f GB/s = %.0f%% of the copy rate "
+        "decode, %d layers of %s shape, 4 bits, dense: %.1f tok/s, %.2f ms, %.1f GB/s = %.0f%% of the copy rate "
         "(target 75%%)\n",
-        layers, dense.tokens_per_s, dense.ms, rate, 100 * rate / copy);
-    std::vector<int32_t> prompt(512);
-    for (size_t i = 0; i < prompt.size(); i++) prompt[i] = int32_t(1 + i * 37 % (kVocab - 1));
+        layers, tiny ? "a small" : "7B", dense.tokens_per_s, dense.ms, rate, 100 * rate / copy);
+    std::printf("greedy, sampled on the device: %.1f tok/s\n", greedy_rate(session, past, tokens));
+    std::vector<int32_t> prompt(static_cast<size_t>(prompted));
+    for (size_t i = 0; i < prompt.size(); i++) prompt[i] = int32_t(1 + i * 37 % (shape.vocab - 1));
     std::vector<double> times;
     for (int i = 0; i < 4; i++) {
       session.truncate(0);
@@ -390,7 +428,7 @@ void whole(const std::string& folder, int layers, double copy) {
       session.eval(prompt.data(), int(prompt.size()));
       if (i) times.push_back(std::chrono::duration<double>(Clock::now() - t0).count());
     }
-    std::printf("prompt of 512 tokens: %.0f tok/s\n", 512 / median(times));
+    std::printf("prompt of %d tokens: %.0f tok/s\n", prompted, prompted / median(times));
 
     const auto cuts = quantiles(session, layers, 0.5, 15);
     Sparsity half(model, 0);
@@ -400,13 +438,14 @@ void whole(const std::string& folder, int layers, double copy) {
     session.truncate(0);
     session.set_sparsity(&half, false);
     session.density();
-    const Decoding sparse = decode(session, kPast, kTokens);
+    const Decoding sparse = decode(session, past, tokens);
     const Density d = session.density();
     std::printf(
         "half of all columns left out (A %.0f%%, O %.0f%%, M %.0f%%, Z %.0f%% kept): %.1f tok/s, %.2fx dense (target "
         "1.5x)\n",
         100 * d.site[0], 100 * d.site[1], 100 * d.site[2], 100 * d.site[3], sparse.tokens_per_s,
         sparse.tokens_per_s / dense.tokens_per_s);
+    divided(synthetic.path(), model.device_memory(), past, tokens, dense.tokens_per_s);
   }
   const Synthetic synthetic(folder, layers, true);
   {
@@ -419,10 +458,10 @@ void whole(const std::string& folder, int layers, double copy) {
   const Model model = open(synthetic.path());
   Session session(model, 1024);
   session.set_exact(false);
-  const Decoding dense = decode(session, kPast, kTokens);
+  const Decoding dense = decode(session, past, tokens);
   session.set_exact(true);
   session.density();
-  const Decoding sparse = decode(session, kPast, kTokens);
+  const Decoding sparse = decode(session, past, tokens);
   const Density d = session.density();
   std::printf("ReLU by neuron, %.0f%% of the neurons exactly 0: %.1f tok/s, %.2fx its own dense at %.1f (target 2x)\n",
               100 - 100 * d.site[4], sparse.tokens_per_s, sparse.tokens_per_s / dense.tokens_per_s, dense.tokens_per_s);
@@ -446,15 +485,17 @@ int main(int argc, char** argv) {
                 double(device.totalGlobalMem) / 1e9, copy);
     const size_t footprint = size_t(tiny ? 1 : 512) << 20;
     if (tiny) {
+      shape = kSmall;
       products(s, "small", 320, 256, copy, footprint);
+      whole(folder, 2, copy, true);
       return 0;
     }
-    products(s, "q, k, v", 3 * kEmbd, kEmbd, copy, footprint);
-    products(s, "o", kEmbd, kEmbd, copy, footprint);
-    products(s, "gate, up", 2 * kFf, kEmbd, copy, footprint);
-    products(s, "down", kEmbd, kFf, copy, footprint);
-    products(s, "head", kVocab, kEmbd, copy, footprint);
-    whole(folder, layers, copy);
+    products(s, "q, k, v", 3 * shape.embd, shape.embd, copy, footprint);
+    products(s, "o", shape.embd, shape.embd, copy, footprint);
+    products(s, "gate, up", 2 * shape.ff, shape.embd, copy, footprint);
+    products(s, "down", shape.embd, shape.ff, copy, footprint);
+    products(s, "head", shape.vocab, shape.embd, copy, footprint);
+    whole(folder, layers, copy, false);
     return 0;
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());

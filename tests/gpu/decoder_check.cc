@@ -230,7 +230,7 @@ TEST_CASE(
 
 TEST_CASE(
     "session on the device: tokens, truncation and statistics as on the CPU; auto takes the GPU where there is one") {
-  CHECK_EQ(device_problem(), std::string());  // also makes an emulated test link this seam, not the core's own
+  CHECK_EQ(device_problem(), std::string());
   const TinySpec spec;
   const TinyModel tiny(spec);
   ModelOptions options;

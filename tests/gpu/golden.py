@@ -1,6 +1,7 @@
 """The tiny model's golden stories by a program that runs on the GPU.
 
-`golden.py pack STORIES_DIR MODEL_DIR` converts stories260K; `golden.py tell GENERATE_STORY MODEL_DIR` compares.
+`golden.py pack STORIES_DIR MODEL_DIR` converts stories260K (Python with sparse_run's needs); `golden.py tell GENERATE_STORY
+MODEL_DIR [TOKENS]` compares, whole or TOKENS of each story (Python alone). Exit status 1: some tokens differ.
 """
 
 from __future__ import annotations
@@ -20,27 +21,32 @@ def pack(stories: Path, model: Path) -> None:
     from llama2c import stories_to_gguf
 
     gguf = stories_to_gguf(stories, model.with_suffix(".gguf"))
-    subprocess.run([sys.executable, "-m", "sparse_run", "convert", str(gguf), str(model)], check=True)
+    path = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "sparse_run", "convert", str(gguf), str(model)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
 
 
-def tell(program: str, model: Path, device: str = "cuda") -> int:
+def tell(program: str, model: Path, tokens: int | None = None, device: str = "cuda") -> int:
     """Greedy tokens of every stored story, by the program on the device; the number of stories that differ."""
     wrong = 0
     for entry in json.loads((ROOT / "tests" / "golden" / "stories260K.json").read_text(encoding="utf-8")):
-        command = [program, str(model), str(len(entry["tokens"])), "1", *map(str, entry["prompt_tokens"])]
+        wanted = entry["tokens"][:tokens]
+        command = [program, str(model), str(len(wanted)), "1", *map(str, entry["prompt_tokens"])]
         environment = {**os.environ, "SPARSE_RUN_STORY_DEVICE": device}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
         ids = [int(word) for word in done.stdout.split()]
-        same = sum(a == b for a, b in zip(ids, entry["tokens"], strict=False))
-        print(f"{entry['prompt']!r}: {same} of {len(entry['tokens'])} tokens; {done.stderr.strip()}")
-        wrong += ids != entry["tokens"]
+        same = sum(a == b for a, b in zip(ids, wanted, strict=False))
+        print(f"{entry['prompt']!r}: {same} of {len(wanted)} tokens; {done.stderr.strip()}", flush=True)
+        wrong += ids != wanted or done.returncode != 0
     return wrong
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4 and sys.argv[1] == "pack":
-        pack(Path(sys.argv[2]), Path(sys.argv[3]))
-    elif len(sys.argv) == 4 and sys.argv[1] == "tell":
-        sys.exit(1 if tell(sys.argv[2], Path(sys.argv[3])) else 0)
+    arguments = sys.argv[1:]
+    if len(arguments) == 3 and arguments[0] == "pack":
+        pack(Path(arguments[1]), Path(arguments[2]))
+    elif len(arguments) in (3, 4) and arguments[0] == "tell":
+        wanted_tokens = int(arguments[3]) if len(arguments) == 4 else None
+        sys.exit(1 if tell(arguments[1], Path(arguments[2]), wanted_tokens) else 0)
     else:
         sys.exit(__doc__)

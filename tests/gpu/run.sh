@@ -1,58 +1,124 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go: builds with CUDA, holds every kernel and the device decoder to the CPU on fresh
-# random data, tells the tiny model's golden stories on the GPU, prints the benchmark table. Needs nvcc, g++ and CMake; no
-# network. What it prints goes to tests/gpu/results/ with date, device and commit.
-#   tests/gpu/run.sh [--layers N] [--scratch FOLDER] [--story MODEL_DIR]
-# --layers: of the 7B-shape model (32: 3.8 GB on disk and on the GPU). --story: stories260K, packed; made with
-# `sparse-run convert` where Python has what that needs and SPARSE_RUN_TEST_SHARED names the test data.
+# Everything that wants a GPU, in one go: builds with CUDA, holds every kernel, the device decoder and divided models to the
+# CPU on fresh random data, tells the tiny model's golden stories on the GPU, prints the benchmark table.
+#   tests/gpu/run.sh [--only PART,PART...] [--layers N] [--scratch FOLDER] [--story MODEL_DIR] [--results FOLDER] [--rehearse]
+# --only: some of build, check, stories, bench, torch; the others are left out, so that a session that is cut into short
+#   commands can go on where it was. --layers: of the 7B-shape model (32: 3.8 GB on disk and on the GPU). --story: stories260K,
+#   packed (`python3 tests/gpu/golden.py pack STORIES_DIR MODEL_DIR` where Python has what that needs; else it is made here
+#   from SPARSE_RUN_TEST_SHARED). --rehearse: where there is no GPU, emulated and at the smallest sizes: shows that every part
+#   of this works; its figures mean nothing.
+# Needs nvcc (or CUDACXX), g++, CMake, Python 3, a GPU and its nvidia-smi; no network. PyTorch with CUDA, compute-sanitizer:
+# where they are. Prints into tests/gpu/results/ with date, device and commit (SPARSE_RUN_COMMIT where there is no git).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-layers=32 scratch=${TMPDIR:-/tmp} story=
+usage() {
+  echo "usage: $0 [--only PARTS] [--layers N] [--scratch FOLDER] [--story MODEL_DIR] [--results FOLDER] [--rehearse]" >&2
+  exit 2
+}
+layers=32 scratch=${TMPDIR:-/tmp} story='' only=build,check,stories,bench,torch results=tests/gpu/results rehearse=0
 while [ $# -gt 0 ]; do
+  if [ "$1" = --rehearse ]; then rehearse=1 layers=0; shift; continue; fi
+  [ $# -ge 2 ] || usage
   case $1 in
+    --only) only=$2 ;;
     --layers) layers=$2 ;;
     --scratch) scratch=$2 ;;
     --story) story=$2 ;;
-    *) echo "usage: $0 [--layers N] [--scratch FOLDER] [--story MODEL_DIR]" >&2; exit 2 ;;
+    --results) results=$2 ;;
+    *) usage ;;
   esac
   shift 2
 done
-for tool in nvcc g++ cmake nvidia-smi; do
-  command -v "$tool" >/dev/null || { echo "$tool is missing: $0 needs the CUDA toolkit, g++, CMake and a GPU" >&2; exit 1; }
+for part in ${only//,/ }; do
+  case $part in build | check | stories | bench | torch) ;; *) echo "no part '$part'" >&2; usage ;; esac
+done
+part() { case ",$only," in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
+
+[ -n "${CUDACXX:-}" ] || [ $rehearse = 1 ] || PATH=$PATH:/usr/local/cuda/bin
+tools=(g++ cmake python3)
+[ $rehearse = 1 ] || tools+=("${CUDACXX:-nvcc}" nvidia-smi)
+for tool in "${tools[@]}"; do
+  command -v "$tool" >/dev/null && continue
+  echo "$tool is missing: $0 needs the CUDA toolkit, g++, CMake, Python 3 and a GPU" >&2
+  exit 1
 done
 
-device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
-build=${SPARSE_RUN_TEST_BUILD:-build/gpu-tests}
-mkdir -p tests/gpu/results
-result=tests/gpu/results/$(date +%Y-%m-%d-%H%M)-$(echo "${device%%,*}" | tr -c 'A-Za-z0-9\n' '-').txt
-exec > >(tee "$result") 2>&1
-printf 'date %s\ndevice %s\ncommit %s\nnvcc %s\n' "$(date -u +%FT%TZ)" "$device" "$commit" "$(nvcc --version | grep -o 'release [0-9.]*')"
-failed=0
-step() { printf '\n== %s\n' "$*"; "$@" || { echo "FAILED: $*"; failed=1; }; }
-
-# For this machine's GPU only: a fifth of the time.
-[ -e "$build/CMakeCache.txt" ] || cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DSPARSE_RUN_CUDA=ON -DSPARSE_RUN_TESTS=ON \
-  -DSPARSE_RUN_PYTHON=OFF -DCMAKE_CUDA_ARCHITECTURES=native >/dev/null
-cmake --build "$build" --parallel "$(nproc)" --target products_check vector_check decoder_check gpu_bench generate_story |
-  grep -E 'error|warning' || true
-
-step "$build/products_check"
-step "$build/vector_check"
-step "$build/decoder_check"
-command -v compute-sanitizer >/dev/null && step compute-sanitizer --error-exitcode 9 "$build/products_check" "leaving columns"
-
-if [ -z "$story" ] && [ -n "${SPARSE_RUN_TEST_SHARED:-}" ]; then
-  story=$(mktemp -d)/story
-  python3 tests/gpu/golden.py pack "$SPARSE_RUN_TEST_SHARED/data/models/stories260K" "$story" || story=
+device='emulated, no GPU' compiler='none'
+if [ $rehearse = 0 ]; then
+  device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)
+  compiler=$("${CUDACXX:-nvcc}" --version | grep -o 'release [0-9.]*')
 fi
-if [ -n "$story" ]; then step python3 tests/gpu/golden.py tell "$build/generate_story" "$story"
-else echo "no golden stories: give --story MODEL_DIR, or SPARSE_RUN_TEST_SHARED and a Python with sparse_run"; fi
+commit=${SPARSE_RUN_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
+build=${SPARSE_RUN_TEST_BUILD:-build/gpu-tests}
+mkdir -p "$results"
+result=$results/$(date +%Y-%m-%d-%H%M%S)-$(echo "${device%%,*}" | tr -c 'A-Za-z0-9\n' '-').txt
+exec > >(tee "$result") 2>&1
+printf 'date %s\ndevice %s\ncommit %s\nnvcc %s\n' "$(date -u +%FT%TZ)" "$device" "$commit" "$compiler"
+failed=0
+step() {
+  printf '\n== %s (%d s)\n' "$*" "$SECONDS"
+  "$@" || { echo "FAILED: $*"; failed=1; }
+}
 
-step "$build/gpu_bench" "$layers" "$scratch"
-if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then step python3 tests/gpu/torch_fp16.py "$layers"
-else echo "no PyTorch with CUDA: no fp16 figures beside these"; fi
+checks=(products_check vector_check decoder_check split_check)
+teller=generate_story
+[ $rehearse = 0 ] || teller=generate_story_emulated
+make_programs() {
+  # For this machine's GPU only: a fifth of the time.
+  local cuda=(-DSPARSE_RUN_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native)
+  [ $rehearse = 0 ] || cuda=()
+  [ -e "$build/CMakeCache.txt" ] || cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DSPARSE_RUN_TESTS=ON \
+    -DSPARSE_RUN_PYTHON=OFF "${cuda[@]}" >"$build.log" || { cat "$build.log"; return 1; }
+  cmake --build "$build" --parallel "$(nproc)" --target "${checks[@]}" gpu_bench "$teller" >"$build.log" ||
+    { grep -E 'error|warning' "$build.log" || tail -40 "$build.log"; return 1; }
+}
+if part build; then
+  mkdir -p "$(dirname "$build")"
+  step make_programs
+  [ $failed = 0 ] || { echo "nothing was built, so nothing is run; kept in $result"; exit 1; }
+fi
 
-printf '\n%s; kept in %s\n' "$([ $failed = 0 ] && echo 'all checks passed' || echo 'SOMETHING FAILED')" "$result"
+if part check; then
+  if [ $rehearse = 1 ]; then
+    step "$build/products_check" "damaged input"
+    step "$build/split_check" "plan of a division"
+  else
+    for program in "${checks[@]}"; do step "$build/$program"; done
+  fi
+  if [ $rehearse = 0 ] && command -v compute-sanitizer >/dev/null; then
+    # Some drivers and virtual machines refuse it, which says nothing about the kernels.
+    if compute-sanitizer --error-exitcode 9 "$build/products_check" "no such case" 2>&1 | grep -q 'not supported'; then
+      echo "compute-sanitizer is refused by this device: not run"
+    else
+      step compute-sanitizer --error-exitcode 9 "$build/products_check" "leaving columns"
+    fi
+  fi
+fi
+
+if part stories; then
+  if [ -z "$story" ] && [ -n "${SPARSE_RUN_TEST_SHARED:-}" ]; then
+    story=$(mktemp -d)/story
+    python3 tests/gpu/golden.py pack "$SPARSE_RUN_TEST_SHARED/data/models/stories260K" "$story" || story=''
+  fi
+  if [ -z "$story" ]; then
+    echo "no golden stories: give --story MODEL_DIR, or SPARSE_RUN_TEST_SHARED and a Python with sparse_run's needs"
+  elif [ $rehearse = 1 ]; then
+    step python3 tests/gpu/golden.py tell "$build/$teller" "$story" 4
+  else
+    step python3 tests/gpu/golden.py tell "$build/$teller" "$story"
+  fi
+fi
+
+if part bench; then step "$build/gpu_bench" "$layers" "$scratch"; fi
+if part torch; then
+  if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null ||
+    { [ $rehearse = 1 ] && python3 -c 'import torch' 2>/dev/null; }; then
+    step python3 tests/gpu/torch_fp16.py "$layers"
+  else
+    echo "no PyTorch with CUDA: no fp16 figures beside these"
+  fi
+fi
+
+printf '\n%s (%d s); kept in %s\n' "$([ $failed = 0 ] && echo 'all of it passed' || echo 'SOMETHING FAILED')" "$SECONDS" "$result"
 exit $failed

@@ -336,7 +336,7 @@ TEST_CASE("divided: budgets below the floor, above what is free, and contexts be
 
 TEST_CASE(
     "divided: a session's tokens are the CPU's, greedy ones come from the device alone, logits can still be had") {
-  CHECK_EQ(device_problem(), std::string());  // also makes an emulated test link this seam, not the core's own
+  CHECK_EQ(device_problem(), std::string());
   const TinyModel tiny(wide(TinySpec()));
   ModelOptions options;
   options.path = tiny.path();

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from cpp_build import BuildUnavailable, build
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "cpp" / "kernels" / "cuda").glob("*.cu"))
@@ -107,10 +110,6 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(stories_packed: Path) -> None:
         Model.load(stories_packed, device="cuda")
 
 
-def test_the_script_for_a_gpu_is_sound() -> None:
-    subprocess.run(["bash", "-n", str(ROOT / "tests" / "gpu" / "run.sh")], check=True)
-
-
 @pytest.mark.parametrize("command", ["generate", "bench", "eval", "chat"])
 def test_a_device_memory_budget_wants_a_gpu_and_a_size(
     command: str, stories_gguf: Path, tmp_path: Path, run_cli: Callable[..., Any]
@@ -140,3 +139,43 @@ def test_device_memory_through_python(stories_packed: Path) -> None:
     with Model.load(stories_packed, device="auto", device_memory="1G") as model:  # no GPU, so nothing of it is taken
         assert model.device == "cpu"
         assert "device_memory" not in model.stats()
+
+
+def test_the_script_for_a_gpu_works_to_its_end_where_it_is_rehearsed(
+    stories_packed: Path, tmp_path: Path, need: Callable[[str], NoReturn]
+) -> None:
+    """Every part of it but what needs a GPU: builds, checks, stories, benchmark and PyTorch, emulated and small."""
+    try:
+        folder = build(ROOT)
+    except BuildUnavailable as error:
+        need(str(error))
+    environment = {
+        **os.environ,
+        "SPARSE_RUN_TEST_BUILD": str(folder),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    script = ["bash", str(ROOT / "tests" / "gpu" / "run.sh"), "--rehearse", "--results", str(tmp_path)]
+    done = subprocess.run(
+        [*script, "--story", str(stories_packed), "--scratch", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    for wanted in (
+        "4 of 4 tokens; device emulated GPU",
+        "copy rate (target 75%)",
+        "dense (target 1.5x)",
+        "undivided",
+        "(target 2x)",
+        "PyTorch",
+        "all of it passed",
+    ):
+        assert wanted in done.stdout, done.stdout[-6000:]
+    assert [p.read_text(encoding="utf-8") for p in tmp_path.glob("*-emulated.txt")] == [done.stdout]
+    assert not list(tmp_path.glob("sparse-run-bench-*"))  # the bench took its models away
+
+    done = subprocess.run([*script, "--only", "paint"], check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "no part 'paint'" in done.stderr

@@ -29,6 +29,7 @@ LEVEL = {
 }
 ISA_FOLDERS = ("generic", "avx2", "avx512", "neon")
 MAX_LINES = 600
+MAX_COLUMNS = 120
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 CODE = {".cc", ".cu", ".h", ".inc", ".py", ".pyi", ".sh"}
@@ -123,6 +124,20 @@ def test_no_file_is_longer_than_the_limit() -> None:
         str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text(encoding="utf-8").splitlines())) > MAX_LINES
     }
     assert not long, f"longer than {MAX_LINES} lines: {long}"
+
+
+def test_lines_of_the_cuda_backend_fit_a_screen() -> None:
+    """Python's are ruff's to measure."""
+    folders = [CPP / "cuda", CPP / "kernels" / "cuda", ROOT / "tests" / "gpu"]
+    files = [p for p in sources(*CODE) if any(p.is_relative_to(folder) for folder in folders)]
+    assert len(files) > 30
+    long = [
+        f"{p.relative_to(ROOT)}:{number}"
+        for p in files
+        for number, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > MAX_COLUMNS
+    ]
+    assert not long, f"longer than {MAX_COLUMNS} columns: {long}"
 
 
 def test_every_isa_folder_holds_names_that_generic_has() -> None:
