@@ -67,14 +67,6 @@ std::unique_ptr<DevicePass> device_for(const ModelOptions& options, const Packed
   }
 }
 
-// What did not fit is said even where nobody asked: it costs speed.
-void say_division(const DeviceStats& s) {
-  if (!s.cpu_layers) return;
-  log_message(LogLevel::warning, std::to_string(int(100 * s.hot_share)) + "% of the neurons fit the GPU; the CPU computes " +
-                                     std::to_string(s.cpu_weights / 1000000) + " MB of neurons in " +
-                                     std::to_string(s.cpu_layers) + " layers");
-}
-
 }  // namespace
 
 Model::Impl::Impl(const ModelOptions& options)
@@ -97,7 +89,6 @@ Model::Model(const ModelOptions& wanted) {
                                   (copied() ? "in memory, " : budget ? "of weights under a budget, " : "mapped, ") +
                                   std::to_string(threads()) + " threads, instruction set " + isa() +
                                   (impl_->device ? ", run by " + device() : ""));
-  if (impl_->device) say_division(impl_->device->stats());
 }
 
 const std::string& Model::config_json() const { return impl_->packed.config_text(); }

@@ -33,6 +33,20 @@ def size_text(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def division_text(memory: Mapping[str, Any]) -> str:
+    """A core model's `device_memory()` where not all neurons fit the GPU; empty where they do.
+
+    >>> division_text({"hot_share": 0.4, "cpu_weight_bytes": 1_500_000_000, "cpu_layers": 20})
+    'the GPU has room for 40% of the neurons; the CPU computes 1.50 GB of them in 20 layers'
+    """
+    if not memory["cpu_layers"]:
+        return ""
+    return (
+        f"the GPU has room for {memory['hot_share']:.0%} of the neurons; the CPU computes "
+        f"{size_text(memory['cpu_weight_bytes'])} of them in {memory['cpu_layers']} layers"
+    )
+
+
 def summary(memory: Mapping[str, Any]) -> dict[str, Any]:
     """A core model's `memory()` with what follows from it: "hit_rate" (share of the weights used that were in memory; of single
     neurons "neuron_hit_rate", None where none were asked for),

@@ -1,8 +1,8 @@
-// What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER]]. With 0 layers: two small ones, which shows that the
-// program works, emulated too. Prints the device's copy rate, the products alone, and decoding through the engine: dense,
-// greedy, with half of all columns left out, with half of the neurons on the CPU, and with the exact zeros of a ReLU left
-// out. The models are random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and removed. No timing is
-// taken while anything else than the step runs; medians of repetitions.
+// What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER]]. With 0 layers: two small ones, which shows that
+// the program works, emulated too. Prints the copy rate of the device, the products alone, and decoding through the
+// engine: dense, greedy, with half of all columns left out, with half of the neurons on the CPU, and with the exact
+// zeros of a ReLU left out. The models are random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and
+// removed. No timing is taken while anything else than the step runs; medians of repetitions.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -31,7 +31,7 @@ struct Shape {
   int embd, heads, head_dim, ff, vocab, panel_rows;
 };
 constexpr Shape kSevenB = {4096, 32, 128, 11008, 32000, 1664};  // Llama-2-7B
-constexpr Shape kSmall = {256, 4, 64, 512, 500, 128};
+constexpr Shape kSmall = {128, 4, 32, 256, 300, 128};
 Shape shape = kSevenB;
 
 double median(std::vector<double> v) {

@@ -1,22 +1,27 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go: builds with CUDA, holds every kernel, the device decoder and divided models to the
-# CPU on fresh random data, tells the tiny model's golden stories on the GPU, prints the benchmark table.
-#   tests/gpu/run.sh [--only PART,PART...] [--layers N] [--scratch FOLDER] [--story MODEL_DIR] [--results FOLDER] [--rehearse]
-# --only: some of build, check, stories, bench, torch; the others are left out, so that a session that is cut into short
-#   commands can go on where it was. --layers: of the 7B-shape model (32: 3.8 GB on disk and on the GPU). --story: stories260K,
-#   packed (`python3 tests/gpu/golden.py pack STORIES_DIR MODEL_DIR` where Python has what that needs; else it is made here
-#   from SPARSE_RUN_TEST_SHARED). --rehearse: where there is no GPU, emulated and at the smallest sizes: shows that every part
-#   of this works; its figures mean nothing.
-# Needs nvcc (or CUDACXX), g++, CMake, Python 3, a GPU and its nvidia-smi; no network. PyTorch with CUDA, compute-sanitizer:
-# where they are. Prints into tests/gpu/results/ with date, device and commit (SPARSE_RUN_COMMIT where there is no git).
+# Everything that wants a GPU, in one go: builds with CUDA, holds every kernel, the device decoder and divided models
+# to the CPU on fresh random data, tells the tiny model's golden stories on the GPU, prints the benchmark table.
+#   tests/gpu/run.sh [--only PART,PART...] [--layers N] [--scratch FOLDER] [--story MODEL_DIR] [--results FOLDER]
+#                    [--rehearse]
+# --only: some of build, check, stories, bench, torch; the others are left out, so that a session that is cut into
+#   short commands can go on where it was.
+# --layers: of the 7B-shape model (32: 3.8 GB on disk and on the GPU).
+# --story: stories260K, packed (`python3 tests/gpu/golden.py pack STORIES_DIR MODEL_DIR` where Python has what that
+#   needs); else it is made here from SPARSE_RUN_TEST_SHARED.
+# --rehearse: where there is no GPU, emulated and at the smallest sizes: shows that every part of this works; its
+#   figures mean nothing.
+# Needs nvcc (or CUDACXX), g++, CMake, Python 3, a GPU and its nvidia-smi; no network. PyTorch with CUDA and
+# compute-sanitizer are used where they are. Prints into tests/gpu/results/ with date, device and commit
+# (SPARSE_RUN_COMMIT where there is no git).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 usage() {
-  echo "usage: $0 [--only PARTS] [--layers N] [--scratch FOLDER] [--story MODEL_DIR] [--results FOLDER] [--rehearse]" >&2
+  sed -n 's/^#   tests/usage: tests/p; s/^#       *\[/  [/p' "$0" >&2
   exit 2
 }
-layers=32 scratch=${TMPDIR:-/tmp} story='' only=build,check,stories,bench,torch results=tests/gpu/results rehearse=0
+layers=32 scratch=${TMPDIR:-/tmp} story='' results=tests/gpu/results rehearse=0
+only=build,check,stories,bench,torch
 while [ $# -gt 0 ]; do
   if [ "$1" = --rehearse ]; then rehearse=1 layers=0; shift; continue; fi
   [ $# -ge 2 ] || usage
@@ -120,5 +125,7 @@ if part torch; then
   fi
 fi
 
-printf '\n%s (%d s); kept in %s\n' "$([ $failed = 0 ] && echo 'all of it passed' || echo 'SOMETHING FAILED')" "$SECONDS" "$result"
+verdict='all of it passed'
+[ $failed = 0 ] || verdict='SOMETHING FAILED'
+printf '\n%s (%d s); kept in %s\n' "$verdict" "$SECONDS" "$result"
 exit $failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -141,6 +142,72 @@ def test_device_memory_through_python(stories_packed: Path) -> None:
         assert "device_memory" not in model.stats()
 
 
+@pytest.fixture(scope="module")
+def tell(stories_packed: Path, need: Callable[[str], NoReturn]) -> Callable[..., Any]:
+    """Eight golden tokens by a program that runs on the emulated GPU, under environment variables."""
+    try:
+        folder = build(ROOT)
+    except BuildUnavailable as error:
+        need(str(error))
+    story = json.loads((ROOT / "tests" / "golden" / "stories260K.json").read_text(encoding="utf-8"))[0]
+
+    def run(**environment: str) -> Any:
+        command = [str(folder / "generate_story_emulated"), str(stories_packed), "8", "2"]
+        done = subprocess.run(
+            [*command, *map(str, story["prompt_tokens"])],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "SPARSE_RUN_STORY_DEVICE": "cuda", **environment},
+        )
+        done.golden = " ".join(map(str, story["tokens"][:8])) + "\n"  # type: ignore[attr-defined]
+        return done
+
+    return run
+
+
+def test_a_model_that_does_not_fit_tells_the_same_story(tell: Callable[..., Any]) -> None:
+    whole = tell()
+    assert whole.stdout == whole.golden and "100% of the neurons" in whole.stderr, whole.stderr
+    small = tell(SPARSE_RUN_STORY_DEVICE_MEMORY="1")
+    found = re.search(r"together (\d+) MB; give at least that \(--device-memory\)", small.stderr)
+    assert small.returncode == 1 and found, small.stderr
+    fits = int(found[1]) * 1_000_000
+    refused, shares = fits - 1_000_000, set()
+    while fits - refused > 8000:  # down to the floor, where all neurons are on the CPU
+        middle = (fits + refused) // 2
+        part = tell(SPARSE_RUN_STORY_DEVICE_MEMORY=str(middle))
+        if part.returncode:
+            assert "is too small on emulated GPU" in part.stderr
+            refused = middle
+            continue
+        assert part.stdout == whole.golden, f"{middle} bytes: {part.stderr}"
+        fits = middle
+    for more in (0, 100_000, 300_000):
+        part = tell(SPARSE_RUN_STORY_DEVICE_MEMORY=str(fits + more))
+        assert part.stdout == whole.golden, f"{fits + more} bytes: {part.stderr}"
+        shares.add(int(part.stderr.split(", ")[1].split("%")[0]))
+    assert min(shares) == 0 and len(shares) > 2, shares
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ({"SR_EMU_DEVICES": "0"}, "no NVIDIA GPU was found: use --device cpu"),
+        ({"SR_EMU_MEMORY": "1000000"}, "not enough GPU memory for this model (1 MB to be had on emulated GPU)"),
+        ({"SR_EMU_LAUNCHES": "50"}, "the GPU failed ("),
+        ({"SR_EMU_COPIES": "7"}, "the GPU failed ("),
+    ],
+    ids=["no GPU", "no memory", "a launch", "a copy"],
+)
+def test_what_a_failing_gpu_says_is_one_line(fault: dict[str, str], line: str, tell: Callable[..., Any]) -> None:
+    done = tell(**fault)
+    said = [text for text in done.stderr.splitlines() if not text.startswith("device ")]
+    assert done.returncode == 1 and len(said) == 1, done.stderr
+    assert line in said[0] and "--device cpu" in said[0]
+    assert tell().stdout == done.golden  # the next start is sound
+
+
 def test_the_script_for_a_gpu_works_to_its_end_where_it_is_rehearsed(
     stories_packed: Path, tmp_path: Path, need: Callable[[str], NoReturn]
 ) -> None:
@@ -165,7 +232,7 @@ def test_the_script_for_a_gpu_works_to_its_end_where_it_is_rehearsed(
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     for wanted in (
-        "4 of 4 tokens; device emulated GPU",
+        "4 of 4 tokens; device emulated GPU, 100% of the neurons",
         "copy rate (target 75%)",
         "dense (target 1.5x)",
         "undivided",

@@ -59,6 +59,8 @@ class BenchResult:
     """Of 32 greedy tokens: changes only when the computation does."""
     memory: dict[str, Any] | None = None
     """Under a memory budget: what it was divided into, and what reading weights cost while decoding."""
+    device_memory: dict[str, Any] | None = None
+    """What a GPU holds of the model."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,6 +128,7 @@ def bench(
         aside_bytes=held.peak_bytes if held is not None else 0,
     )
     used_device = model.device
+    on_device = model.device_memory() if used_device != "cpu" else None
     try:
         load_seconds = time.perf_counter() - start
         config = json.loads(model.config_json)
@@ -198,6 +201,7 @@ def bench(
             load_seconds=load_seconds,
             token_hash=token_hash,
             memory=memory,
+            device_memory=on_device,
         )
     finally:
         model.close()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..memory import parse_size, start_text, stats_text
+from ..memory import division_text, parse_size, start_text, stats_text
 from .common import (
     Progress,
     Work,
@@ -253,4 +253,6 @@ def table(r: BenchResult) -> str:
     ]
     if r.memory is not None:
         rows += [("budget", start_text(r.memory)), ("disk", stats_text(r.memory))]
+    if r.device_memory is not None and (divided := division_text(r.device_memory)):
+        rows.append(("divided", divided))
     return "\n".join(f"{name:<9}{text.rstrip(', ')}" for name, text in rows)

@@ -398,11 +398,25 @@ def load_model(
     try:
         if opening.memory_budget is not None and not quiet:
             say_budget(opened.stats()["memory"])
+        if opening.device != "cpu" and not quiet:
+            say_device(opening.device, opened)
         apply_sparsity(opened, opening.sparsity, quiet=quiet)
     except BaseException:
         opened.close()
         raise
     return opened
+
+
+def say_device(wanted: str, opened: Model) -> None:
+    """On stderr, what of the model the GPU has no room for, or that the CPU runs it although there is one."""
+    from .. import _core
+    from ..memory import division_text
+
+    if opened.device == "cpu":
+        if wanted == "auto" and not _core.gpu_problem():
+            click.echo("the CPU runs the model; --device cuda says what the GPU has not got for it", err=True)
+    elif line := division_text(opened.stats()["device_memory"]):
+        click.echo(line, err=True)
 
 
 def say_budget(memory: Mapping[str, Any]) -> None:

@@ -15,8 +15,24 @@
 
 namespace sr_emu {
 
+namespace {
+// The switches of whole programs: SR_EMU_DEVICES, SR_EMU_MEMORY, SR_EMU_LAUNCHES and SR_EMU_COPIES (that succeed).
+Faults faults_of_environment() {
+  const auto number = [](const char* name, long long otherwise) {
+    const char* text = std::getenv(name);
+    return text ? std::atoll(text) : otherwise;
+  };
+  Faults f;
+  f.devices = int(number("SR_EMU_DEVICES", f.devices));
+  f.memory = size_t(number("SR_EMU_MEMORY", (long long)(f.memory)));
+  f.fail_launch_after = int(number("SR_EMU_LAUNCHES", f.fail_launch_after));
+  f.fail_copy_after = int(number("SR_EMU_COPIES", f.fail_copy_after));
+  return f;
+}
+}  // namespace
+
 Place here;
-Faults faults;
+Faults faults = faults_of_environment();
 size_t allocated = 0;
 long long launches = 0;
 
