@@ -12,7 +12,7 @@ namespace sr {
 namespace {
 
 constexpr const char* kWhat = "the FFNs on the CPU";
-constexpr float kNeuronBreakEven = 0.85f;  // as model/skipping.cc has it
+constexpr float kNeuronBreakEven = 0.85f;  // of rows that are not short, as model/skipping.cc has it
 
 bool survives(float g, const Thresholds& threshold, int id) {
   return !(std::fabs(g) <= (threshold ? threshold.of(id) : 0.0f));
