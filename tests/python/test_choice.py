@@ -63,8 +63,6 @@ def test_task_on_the_command_line(smollm2_packed: Path, shared_dir: Path, run_cl
         "{",
         '{"query": "What?", "choices": ["a", "b"]}',
         '{"query": "What?", "choices": ["a", "b"], "gold": "first"}',
-        '{"query": "What?", "choices": ["a"], "gold": 0}',
-        '{"query": "What?", "choices": ["a", "b"], "gold": 2}',
         '{"query": "What?", "choices": 3, "gold": 0}',
         '{"context_options": ["a", "b"], "continuation": 3, "gold": 0}',
         "[1, 2]",
@@ -80,6 +78,15 @@ def test_what_is_no_question_is_said_in_words_of_the_format(text: str, tmp_path:
     assert said.startswith(f"{path}: question 1 is not one of piqa, which is ") and "JSON" in said, said
     for words in ("Expecting", "unpack", "invalid literal", "object", "NoneType"):
         assert words not in said
+
+
+@pytest.mark.parametrize(("choices", "gold"), [(["a"], 0), (["a", "b"], 2), (["a", "b"], -1)])
+def test_a_question_whose_answers_do_not_do_is_refused(choices: list[str], gold: int, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    good = {"query": "What?", "choices": ["a", "b"], "gold": 1}
+    path.write_text("\n".join(json.dumps(q) for q in (good, good | {"choices": choices, "gold": gold})))
+    with pytest.raises(UsageError, match=r"question 2 .* too few answers, or the right one is not among them"):
+        read_questions(path, "piqa")
 
 
 def test_a_task_s_file_that_is_no_text_or_empty_is_named(tmp_path: Path) -> None:

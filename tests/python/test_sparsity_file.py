@@ -252,6 +252,7 @@ def test_search_for_a_budget(monkeypatch: pytest.MonkeyPatch, factor: float, pow
 
     monkeypatch.setattr(Fit, "increase", increase)
     monkeypatch.setattr(Fit, "prepare", lambda *_: None)
+    monkeypatch.setattr(Fit, "thresholds_at", lambda _self, _allocation, target: ({}, {"M": [target]}))
     fit = Fit.__new__(Fit)
     fit._increases = {}
     for budget in (0.005, 0.01, 0.02, 0.05):

@@ -82,7 +82,10 @@ def read_questions(path: str | Path, task: str, limit: int | None = None) -> lis
     try:
         for question in itertools.islice(reader, limit):
             if len(question.contexts) < 2 or not 0 <= question.gold < len(question.contexts):
-                raise ValueError
+                raise UsageError(
+                    f"{path}: question {len(out) + 1} is not one of {task}: too few answers, or the right one is not "
+                    "among them"
+                )
             out.append(question)
     except (ValueError, KeyError, TypeError, AttributeError):
         wanted = _JSON_FORM if as_json else _TEXT_FORM
