@@ -18,7 +18,7 @@ namespace {
 std::unique_ptr<PyModel> open_model(const std::string& path, int threads, std::optional<bool> mmap, size_t budget,
                                     int n_ctx, size_t extra_bytes, const py::object& progress,
                                     const std::string& device, double neuron_share, size_t aside_bytes,
-                                    size_t device_memory) {
+                                    size_t device_memory, bool by_gate) {
   ModelOptions options;
   options.path = path;
   options.threads = threads;
@@ -30,6 +30,7 @@ std::unique_ptr<PyModel> open_model(const std::string& path, int threads, std::o
   options.extra_bytes = extra_bytes;
   options.neuron_share = neuron_share;
   options.aside_bytes = aside_bytes;
+  options.by_gate = by_gate;
   if (budget && mmap) throw Error(ErrorCode::usage, "mmap cannot be chosen together with a memory budget");
   if (n_ctx < 0) throw Error(ErrorCode::usage, "n_ctx must be 0 or more, got " + std::to_string(n_ctx));
   using Clock = std::chrono::steady_clock;
@@ -70,6 +71,8 @@ py::dict memory_dict(const PyModel& self) {
   d["ring_bytes"] = m.ring;
   d["neuron_bytes"] = m.neurons;
   d["neuron_slots"] = m.neuron_slots;
+  d["gate_bytes"] = m.gates;
+  d["gate_streamed_bytes"] = m.gates_streamed;
   d["no_neurons"] = m.no_neurons;
   d["streamed_bytes"] = m.streamed;
   d["n_ctx"] = m.n_ctx;
@@ -108,7 +111,7 @@ void bind_model(py::module_& m) {
       .def(py::init(&open_model), py::arg("path"), py::arg("threads") = 0, py::arg("mmap") = py::none(),
            py::arg("memory_budget") = 0, py::arg("n_ctx") = 0, py::arg("extra_bytes") = 0,
            py::arg("progress") = py::none(), py::arg("device") = "cpu", py::arg("neuron_share") = 0.0,
-           py::arg("aside_bytes") = 0, py::arg("device_memory") = 0)
+           py::arg("aside_bytes") = 0, py::arg("device_memory") = 0, py::arg("by_gate") = false)
       .def("memory", &memory_dict)
       .def("device_memory", &device_memory_dict)
       .def("set_aside",

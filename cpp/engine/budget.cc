@@ -92,18 +92,23 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
   open_neurons(options, slots);
   m.disk_rate = flash.load_bytes_per_second();
   m.direct = source->direct();
-  const ReadStats reads = flash.read_stats();
-  m.read_bytes = reads.bytes;
-  m.reads = reads.reads;
-  m.read_seconds = reads.busy_seconds;
-  m.queue_depth = reads.depth_seconds;  // here the sum, not the mean
-  const StreamStats stream = flash.stream_stats();
-  m.passes = stream.passes;
-  m.hits = stream.ready;
-  m.misses = stream.waited;
-  m.wait_seconds = stream.wait_seconds;
-  count_neurons(&m);
+  count(&m);
   context_room = int64_t(m.contexts);
+}
+
+void Model::Impl::count(MemoryStats* m) const {
+  const ReadStats reads = decoder.flash()->read_stats();
+  const StreamStats stream = decoder.flash()->stream_stats();
+  m->passes = stream.passes;
+  m->read_bytes = reads.bytes;
+  m->reads = reads.reads;
+  m->read_seconds = reads.busy_seconds;
+  m->queue_depth = reads.depth_seconds;
+  m->hits = stream.ready;
+  m->misses = stream.waited;
+  m->wait_seconds = stream.wait_seconds;
+  m->neuron_tokens = m->neuron_hits = m->neuron_misses = 0;
+  count_neurons(m);
 }
 
 MemoryStats Model::Impl::memory() const {
@@ -115,18 +120,7 @@ MemoryStats Model::Impl::memory() const {
   m.resident = sizes.resident;
   m.ring = sizes.ring;
   m.streamed = sizes.streamed;
-  const ReadStats reads = flash->read_stats();
-  const StreamStats stream = flash->stream_stats();
-  m.passes = stream.passes;
-  m.read_bytes = reads.bytes;
-  m.reads = reads.reads;
-  m.read_seconds = reads.busy_seconds;
-  m.queue_depth = reads.depth_seconds;
-  m.hits = stream.ready;
-  m.misses = stream.waited;
-  m.wait_seconds = stream.wait_seconds;
-  m.neuron_tokens = m.neuron_hits = m.neuron_misses = 0;
-  count_neurons(&m);
+  count(&m);
   m.passes -= planned.passes;
   m.read_bytes -= planned.read_bytes;
   m.reads -= planned.reads;

@@ -1,5 +1,5 @@
 // All tables belong to the mutex, but for two things. Slots of a layer that was awaited are read without it: nothing
-// changes what the last two requests asked for. And readers fill slots that are loading, which nobody else looks at.
+// changes what was asked for lately. And readers fill slots that are loading, which nobody else looks at.
 #include "flash/neuron_pool.h"
 
 #include <algorithm>
@@ -10,17 +10,15 @@
 #include <mutex>
 #include <utility>
 
+#include "flash/waiting.h"
 #include "sparse_run/error.h"
 
 namespace sr {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kPollInterval = std::chrono::milliseconds(20);
 constexpr size_t kReadBytes = 128 << 10;  // of one read at most, or one record
 constexpr int kReads = 24;                // in progress or waiting for a reader
-// Records that nobody asked for are read along where a read of their own for what follows would cost more.
-constexpr size_t kGapBytes = 16 << 10;
 constexpr int kMostUses = 7, kTries = 4;
 
 enum class SlotState : uint8_t { vacant, loading, loaded };
@@ -105,7 +103,7 @@ struct NeuronPool::Shared {
   }
   bool may_go(int32_t s) const {
     const Slot& slot = slots[size_t(s)];
-    return slot.state == SlotState::loaded && slot.last < step - 1;
+    return slot.state == SlotState::loaded && slot.last <= step - shape.held;
   }
 
   // A slot for something new. The one that was used longest ago goes, unless it was used often: then it gets another
@@ -176,7 +174,7 @@ struct NeuronPool::Shared {
         const Run& last = runs.back();
         const size_t gap = size_t(wanted[i].record - last.wanted.back().record - 1) * shape.stride;
         const size_t whole = size_t(wanted[i].record - last.wanted.front().record) * shape.stride + shape.bytes;
-        alone = gap > kGapBytes || whole + 2 * kReadAlign > chunk;
+        alone = gap > shape.gap || whole + 2 * kReadAlign > chunk;
       }
       if (alone) runs.push_back({layer, priority, {}});
       runs.back().wanted.push_back(wanted[i]);
@@ -255,7 +253,8 @@ NeuronPool::~NeuronPool() {
 
 int NeuronPool::least_slots(const Shape& shape) {
   const size_t in_progress = size_t(kReads) * (chunk_bytes(shape.bytes) / shape.stride + 1);
-  return 2 * shape.neurons + int(std::min(in_progress, size_t(2 * shape.neurons)));
+  const int most = shape.held * shape.neurons;
+  return most + int(std::min(in_progress, size_t(most)));
 }
 
 size_t NeuronPool::table_bytes(const Shape& shape, int64_t slots) {
@@ -289,15 +288,15 @@ std::string NeuronPool::fill(const std::function<bool(size_t done, size_t total)
     return n;
   };
   const size_t bytes = each * size_t(s.shape.layers) * s.shape.stride;
-  bool stopped = false;
-  while (total && left() > 0 && !s.bad.load(std::memory_order_relaxed) && !stopped) {
-    s.changed.wait_for(lock, kPollInterval);
+  const std::function<bool()> stops = [&] {
+    if (!should_stop) return false;
+    std::unique_lock<std::mutex> counting(s.mutex);
     const size_t done = bytes - size_t(left()) * s.shape.stride;
-    lock.unlock();
-    stopped = should_stop && should_stop(done, bytes);
-    lock.lock();
-  }
-  return stopped ? "cancelled" : s.error;
+    counting.unlock();
+    return should_stop(done, bytes);
+  };
+  const auto settled = [&] { return !total || left() == 0 || s.bad.load(std::memory_order_relaxed); };
+  return wait_settled(lock, s.changed, settled, &stops) ? s.error : "cancelled";
 }
 
 void NeuronPool::begin_token() {
@@ -308,17 +307,24 @@ void NeuronPool::begin_token() {
   s.read_now.clear();
 }
 
-void NeuronPool::request(int layer, const int32_t* ids, int n, ReadPriority priority) {
+void NeuronPool::begin_layer(int layer) {
   Shared& s = *shared_;
   std::lock_guard<std::mutex> lock(s.mutex);
   if (s.bad.load(std::memory_order_relaxed)) return;
   s.step++;
+  uint8_t* missing = s.missing.data() + size_t(layer % 2) * size_t(s.shape.neurons);
+  for (int32_t id : s.flagged[layer % 2]) missing[id] = 0;
+  s.flagged[layer % 2].clear();
+}
+
+void NeuronPool::add(int layer, const int32_t* ids, int n, ReadPriority priority) {
+  Shared& s = *shared_;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  if (s.bad.load(std::memory_order_relaxed)) return;
   const size_t base = size_t(layer) * size_t(s.shape.neurons);
   std::vector<Wanted> wanted;
   uint8_t* missing = s.missing.data() + size_t(layer % 2) * size_t(s.shape.neurons);
   std::vector<int32_t>& flagged = s.flagged[layer % 2];
-  for (int32_t id : flagged) missing[id] = 0;
-  flagged.clear();
   // What is there is held before anything is taken.
   for (int i = 0; i < n; i++) {
     const int id = ids ? ids[i] : i;
@@ -349,20 +355,9 @@ bool NeuronPool::await(int layer, const std::function<bool()>* should_stop) {
   const auto settled = [&] { return s.bad.load(std::memory_order_relaxed) || s.loading[size_t(layer)] == 0; };
   if (!settled()) {
     const Clock::time_point t0 = Clock::now();
-    while (!settled()) {
-      if (!should_stop) {
-        s.changed.wait(lock);
-        continue;
-      }
-      s.changed.wait_for(lock, kPollInterval);
-      if (settled()) break;
-      lock.unlock();
-      const bool stop = (*should_stop)();
-      lock.lock();
-      if (stop) {
-        s.bad = true;
-        s.changed.notify_all();
-      }
+    if (!wait_settled(lock, s.changed, settled, should_stop)) {
+      s.bad = true;
+      s.changed.notify_all();
     }
     if (should_stop) s.stats.wait_seconds += std::chrono::duration<double>(Clock::now() - t0).count();
   }

@@ -28,12 +28,14 @@ class NeuronPool {
     size_t bytes = 0;               // of a record
     std::vector<uint64_t> offsets;  // of the file, by layer: where its first record begins
     const uint32_t* positions = nullptr;  // [layers, neurons] which record of its layer a neuron is; lives as long as readers
+    int held = 2;  // layers whose neurons stay, the last one asked for included: 2 where it is asked for while one is computed
+    size_t gap = size_t(16) << 10;  // bytes that nobody asked for and that are read through at most
   };
   // Puts a record into a slot; called by readers, for slots that nobody else looks at. Must keep alive what it writes to.
   using Place = std::function<void(int slot, const uint8_t* record)>;
 
-  // slots >= least_slots, the smaller number: a list that is used, one that is read for the next layer, and what an earlier
-  // token that was given up has left in progress.
+  // slots >= least_slots: all neurons of the layers that are held, and what an earlier token that was given up has left in
+  // progress.
   NeuronPool(std::shared_ptr<ReadQueue> queue, const Shape& shape, int slots, Place place, std::shared_ptr<void> keep);
   ~NeuronPool();
   NeuronPool(const NeuronPool&) = delete;
@@ -48,15 +50,21 @@ class NeuronPool {
   // "cancelled" when should_stop, asked every 20 ms with the bytes done and to do, says so.
   std::string fill(const std::function<bool(size_t done, size_t total)>& should_stop);
 
-  // From one thread: a token begins; then the layers in order, each once: what it needs (ids null: the first n neurons) is
-  // on its way when request returns. What the last two requests asked for stays.
+  // From one thread: a token begins; then the layers in order, each once. What was asked for since the last Shape::held
+  // layers began stays.
   void begin_token();
-  void request(int layer, const int32_t* ids, int n, ReadPriority priority);
+  void begin_layer(int layer);
+  // From every thread, each neuron once: what the layer needs (ids null: the first n neurons) is on its way when this returns.
+  void add(int layer, const int32_t* ids, int n, ReadPriority priority);
+  void request(int layer, const int32_t* ids, int n, ReadPriority priority) {
+    begin_layer(layer);
+    add(layer, ids, n, priority);
+  }
   // Whether a neuron that was requested was not in memory then.
   bool missing(int layer, int neuron) const {
     return missing_[size_t(layer % 2) * size_t(neurons_) + size_t(neuron)] != 0;
   }
-  // From every thread: waits until what was requested for the layer is in memory; false: a read has failed, or should_stop
+  // From every thread: waits until what it has seen asked for is in memory; false: a read has failed, or should_stop
   // (or null) said so, and nothing of this token is of use.
   bool await(int layer, const std::function<bool()>* should_stop);
   // The slot of a neuron that was requested and awaited.

@@ -8,13 +8,13 @@
 #include <mutex>
 #include <utility>
 
+#include "flash/waiting.h"
 #include "sparse_run/error.h"
 
 namespace sr {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
 enum class UnitState : uint8_t { absent, loading, loaded, failed };
 
@@ -23,6 +23,10 @@ struct Unit {
   size_t bytes = 0;     // aligned
   size_t skip = 0;      // from the aligned beginning to the unit's first byte
   size_t used = 0;      // bytes of the unit itself
+  int count = 1;        // pieces, each of bytes / count
+  size_t stride = 0;    // of the file, from one to the next
+  int pieces_left = 0;  // that are being read
+  bool broken = false;  // one of them was not read
   size_t place = 0;     // in the ring
   int64_t distance = 0; // to the last earlier unit that shares memory with it, itself one pass before included
   UnitState state = UnitState::absent;
@@ -32,6 +36,7 @@ struct Unit {
 };
 
 size_t aligned_bytes(const StreamUnit& u) {
+  if (u.count > 1) return size_t(u.count) * u.bytes;
   return size_t(align_up(u.offset + u.bytes) - align_down(u.offset));
 }
 
@@ -86,11 +91,14 @@ WeightStream::WeightStream(std::shared_ptr<ReadQueue> queue, std::vector<StreamU
     u.offset = align_down(from.offset);
     u.bytes = aligned_bytes(from);
     u.skip = size_t(from.offset - u.offset);
-    u.used = from.bytes;
+    u.used = from.bytes * size_t(from.count);
+    u.count = from.count;
+    u.stride = from.stride;
+    SR_CHECK(u.count == 1 || (!u.skip && from.bytes % kReadAlign == 0 && from.stride % kReadAlign == 0));
     if (at + u.bytes > ring_bytes) at = 0;
     u.place = at;
     at += u.bytes;
-    bytes_per_pass_ += from.bytes;
+    bytes_per_pass_ += u.used;
     s.units.push_back(u);
   }
   const int64_t n = s.count();
@@ -133,30 +141,36 @@ void pump(const std::shared_ptr<Shared>& shared) {
     u.sequence = s.next_load;
     u.users_left = s.users;
     u.released = false;
-    ReadJob job;
-    job.offset = u.offset;
-    job.bytes = u.bytes;
-    job.to = s.ring + u.place;
+    u.pieces_left = u.count;
+    u.broken = false;
     // The lock order is this object's mutex, then the queue's; a reader calls `done` without the queue's.
-    job.done = [shared, index = size_t(s.next_load % n)](const std::string& error) {
+    const auto done = [shared, index = size_t(s.next_load % n)](const std::string& error) {
       std::lock_guard<std::mutex> lock(shared->mutex);
       Unit& unit = shared->units[index];
-      if (error.empty()) {
-        unit.state = UnitState::loaded;
-      } else {
-        unit.state = UnitState::failed;
+      if (!error.empty()) {
+        unit.broken = true;
         // Of a unit that is read ahead for a later pass nobody hears: that pass reads it again.
         const bool wanted = shared->in_pass && unit.sequence >= shared->base() &&
                             unit.sequence < shared->base() + shared->count();
         if (wanted && !shared->bad.load(std::memory_order_relaxed)) {
           shared->error = error;
           shared->bad = true;
+          shared->changed.notify_all();
         }
       }
+      if (--unit.pieces_left > 0) return;
+      unit.state = unit.broken ? UnitState::failed : UnitState::loaded;
       pump(shared);
       shared->changed.notify_all();
     };
-    s.queue->submit(std::move(job));
+    for (int i = 0; i < u.count; i++) {
+      ReadJob job;
+      job.bytes = u.bytes / size_t(u.count);
+      job.offset = u.offset + uint64_t(i) * u.stride;
+      job.to = s.ring + u.place + size_t(i) * job.bytes;
+      job.done = done;
+      s.queue->submit(std::move(job));
+    }
   }
 }
 
@@ -192,20 +206,9 @@ bool WeightStream::await(int unit, const std::function<bool()>* should_stop) {
   }
   if (!settled()) {
     const Clock::time_point t0 = Clock::now();
-    while (!settled()) {
-      if (!should_stop) {
-        s.changed.wait(lock);
-        continue;
-      }
-      s.changed.wait_for(lock, kPollInterval);
-      if (settled()) break;
-      lock.unlock();
-      const bool stop = (*should_stop)();
-      lock.lock();
-      if (stop) {
-        s.bad = true;
-        s.changed.notify_all();
-      }
+    if (!wait_settled(lock, s.changed, settled, should_stop)) {
+      s.bad = true;
+      s.changed.notify_all();
     }
     if (should_stop) s.stats.wait_seconds += std::chrono::duration<double>(Clock::now() - t0).count();
   }
@@ -251,21 +254,12 @@ bool WeightStream::settle(const std::function<bool()>& should_stop) {
   Shared& s = *shared_;
   std::unique_lock<std::mutex> lock(s.mutex);
   s.given_up = true;
-  const auto busy = [&] {
-    return std::any_of(s.units.begin(), s.units.end(), [](const Unit& u) { return u.state == UnitState::loading; });
+  const auto settled = [&] {
+    return std::none_of(s.units.begin(), s.units.end(), [](const Unit& u) { return u.state == UnitState::loading; });
   };
-  while (busy()) {
-    s.changed.wait_for(lock, kPollInterval);
-    if (!busy()) break;
-    lock.unlock();
-    const bool stop = should_stop();
-    lock.lock();
-    if (stop && busy()) {
-      s.given_up = false;
-      return false;
-    }
-  }
-  return true;
+  if (wait_settled(lock, s.changed, settled, &should_stop)) return true;
+  s.given_up = false;
+  return false;
 }
 
 StreamStats WeightStream::stats() const {

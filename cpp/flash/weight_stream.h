@@ -15,10 +15,13 @@
 
 namespace sr {
 
-// A piece of the file: what is waited for, used and released at once.
+// A piece of the file: what is waited for, used and released at once. Or `count` pieces of so many bytes each, one every
+// `stride` bytes, all whole blocks: in memory they lie one after another.
 struct StreamUnit {
   uint64_t offset = 0;
   size_t bytes = 0;
+  int count = 1;
+  size_t stride = 0;
 };
 
 struct StreamStats {
@@ -27,6 +30,15 @@ struct StreamStats {
   int64_t waited = 0;       // units that were not
   int64_t bytes = 0;        // of the units used
   double wait_seconds = 0;  // of the calling thread
+
+  StreamStats& operator+=(const StreamStats& other) {
+    passes += other.passes;
+    ready += other.ready;
+    waited += other.waited;
+    bytes += other.bytes;
+    wait_seconds += other.wait_seconds;
+    return *this;
+  }
 };
 
 class WeightStream {

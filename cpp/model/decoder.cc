@@ -142,7 +142,7 @@ bool Decoder::run_pass(Pass pass) {
     if (error == "cancelled") return false;
     if (!error.empty()) throw Error(ErrorCode::runtime, error + kEndsHere);
     pass.stored = works_from_store(pass);  // with the room as it is now
-    if (pass.stored) store_->pool().begin_token();
+    if (pass.stored) store_->begin_token();
     else flash_->begin_pass();
     if (fetches_rows() && pass.tokens) {
       error = flash_->fetch_rows(pass.tokens, pass.n, *pass.should_stop, fetched_rows_.data());
@@ -153,9 +153,8 @@ bool Decoder::run_pass(Pass pass) {
     else pool_.run([&](int tid) { prefill(tid, pass); });
   }
   if (!flash_) return !leave_;
-  const bool stopped = (pass.stored ? store_->pool().failed() : flash_->failed()) || error == "cancelled";
-  std::string end = pass.stored ? store_->pool().end_token() : flash_->end_pass();
-  if (pass.stored && end.empty()) end = store_->changed();
+  const bool stopped = (pass.stored ? store_->failed() : flash_->failed()) || error == "cancelled";
+  const std::string end = pass.stored ? store_->end_token() : flash_->end_pass();
   if (!end.empty()) error = end;
   if (!error.empty() && error != "cancelled") {
     throw Error(ErrorCode::runtime, error + kEndsHere);

@@ -81,12 +81,12 @@ class Decoder {
   // Bytes that a pass of n tokens takes beyond what decoding one does.
   size_t block_bytes(int n) const;
   const FlashWeights* flash() const { return flash_.get(); }
-  // Before load_resident: a store of single neurons, null where the weights do not allow one. Throws as NeuronStore does.
-  NeuronStore* make_store(const PackedModel& model, std::shared_ptr<ByteSource> source);
-  void drop_store() { store_.reset(); }
-  void open_store(int slots, int readers, size_t unit, const LoadProgress& progress) {
-    store_->open(slots, readers, unit, progress);
-  }
+  // Before load_resident, where store_refusal is empty: a store of single neurons that lists, or their gates, will choose.
+  // Throws as NeuronStore does.
+  NeuronStore* make_store(const PackedModel& model, std::shared_ptr<ByteSource> source, bool by_gate);
+  void drop_store();
+  // After load_resident. gate_blocks: of 64 neurons, that stay, where there are gates.
+  void open_store(int slots, int64_t gate_blocks, int readers, size_t unit, const LoadProgress& progress);
   const NeuronStore* store() const { return store_.get(); }
   std::string store_refusal() const { return NeuronStore::refusal(weights_); }
   // Room at which everything but the FFNs stays in memory.
@@ -168,19 +168,22 @@ class Decoder {
     return s.unit < 0 || flash_->await(s.unit, tid == 0 ? pass.should_stop : nullptr);
   }
   bool gives_up(const Pass& pass) {
-    return (*pass.should_stop)() || (pass.stored ? store_->pool().failed() : flash_ && flash_->failed());
+    return (*pass.should_stop)() || (pass.stored ? store_->failed() : flash_ && flash_->failed());
   }
 
   void decode(int tid, const Pass& pass);
   // The store, where a pass works from it (stored.cc): what a layer needs is asked for, awaited, and multiplied.
   bool works_from_store(const Pass& pass) const;
-  enum class Ask : uint8_t { known, predicted };  // what was known before the layer began, what its predictor has said
+  bool chooses_by_gate(const Pass& pass) const;
+  // What was known before the layer began; what its predictor has said, or nothing yet.
+  enum class Ask : uint8_t { known, predicted };
   void request_neurons(const Pass& pass, int layer, Ask ask);
   bool await_neurons(int tid, const Pass& pass, int layer);
   // rows() of the layer's weights wherever they are; slots_ from `room` on is this thread's.
   void multiply_rows(const Pass& pass, int layer, int tid, const int32_t* ids, int begin, int end, float* gate,
                      float* up, int room);
   void decode_stored(int tid, const Pass& pass, int layer);
+  void decode_by_gate(int tid, const Pass& pass, int layer);
   void multiply_columns(int tid, int layer, Input z);
   void decode_panels(int tid, const Pass& pass, int layer);
   void decode_neurons(int tid, const Pass& pass, int layer);
@@ -271,6 +274,8 @@ class Decoder {
   std::unique_ptr<NeuronStore> store_;   // null: no single neurons are read
   // [n_ff] of the store: a prediction in one list; of each thread's share, slots and what is there before what is not.
   AlignedBuffer<int32_t> wanted_, slots_, there_first_;
+  struct ByGate;
+  std::vector<std::unique_ptr<ByGate>> by_gate_;  // [threads] of a store with gates
   AlignedBuffer<uint32_t> place_;          // [n_ff] of the columns that z selects
   AlignedBuffer<float> fetched_rows_;    // [kMaxBlock, n_embd] embedding rows of the pass; pages untouched without need
   size_t shared_room_ = 0, budget_ = 0;  // 0: what is resident stays so

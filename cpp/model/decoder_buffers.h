@@ -32,6 +32,12 @@ struct Decoder::Thread {
   AlignedBuffer<char> gemm_scratch;
 };
 
+// One thread's survivors where gates choose the neurons that are read.
+struct Decoder::ByGate {
+  AlignedBuffer<int32_t> ids, ordered, slots;  // [n_ff] as they were found; those in memory before the others; their slots
+  AlignedBuffer<float> up;                     // [n_ff] in the order of `ordered`
+};
+
 // What predictors work on. Of a decoded token: shared by the threads but for x and h.
 struct Decoder::Prediction {
   int rank = 0;                       // the largest

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <mutex>
 #include <utility>
 
+#include "flash/read_group.h"
 #include "format/packed_model.h"
 #include "kernels/pack/pack.h"
 #include "sparse_run/error.h"
@@ -16,7 +16,6 @@ namespace sr {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kPollInterval = std::chrono::milliseconds(20);
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr double kRateSeconds = 0.3;
 
@@ -209,47 +208,6 @@ void advise_huge_pages(uint8_t* begin, uint8_t* end, bool wanted) {
   else refuse_huge_pages(reinterpret_cast<void*>(first), last - first);
 }
 
-// What a waiting thread and the readers share; readers may outlive the one that waits.
-struct Pending {
-  std::mutex mutex;
-  std::condition_variable changed;
-  int left = 0;
-  std::string error;
-};
-
-void submit(ReadQueue* queue, const std::shared_ptr<Pending>& pending, uint64_t offset, size_t bytes, uint8_t* to,
-            std::shared_ptr<void> keep) {
-  ReadJob job;
-  job.offset = offset;
-  job.bytes = bytes;
-  job.to = to;
-  job.done = [pending, keep = std::move(keep)](const std::string& error) {
-    std::lock_guard<std::mutex> lock(pending->mutex);
-    if (pending->error.empty()) pending->error = error;
-    pending->left--;
-    pending->changed.notify_all();
-  };
-  {
-    std::lock_guard<std::mutex> lock(pending->mutex);
-    pending->left++;
-  }
-  queue->submit(std::move(job));
-}
-
-// False: should_stop said so.
-bool wait_for(Pending* pending, const std::function<bool()>& should_stop) {
-  std::unique_lock<std::mutex> lock(pending->mutex);
-  while (pending->left > 0) {
-    if (pending->changed.wait_for(lock, kPollInterval) == std::cv_status::timeout || pending->left > 0) {
-      lock.unlock();
-      const bool stop = should_stop();
-      lock.lock();
-      if (stop && pending->left > 0) return false;
-    }
-  }
-  return true;
-}
-
 }  // namespace
 
 ResidencyPlan FlashWeights::plan(const DecoderWeights& weights, size_t room) {
@@ -320,12 +278,7 @@ bool FlashWeights::holds_all_but_ffn() const {
 void FlashWeights::end_stream() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!stream_) return;
-  const StreamStats s = stream_->stats();
-  past_.passes += s.passes;
-  past_.ready += s.ready;
-  past_.waited += s.waited;
-  past_.bytes += s.bytes;
-  past_.wait_seconds += s.wait_seconds;
+  past_ += stream_->stats();
   stream_ = nullptr;
 }
 
@@ -382,18 +335,16 @@ std::string FlashWeights::arrange(const ResidencyPlan& plan, const Waiting& wait
     discard_pages(room_.room(r.begin), r.end - r.begin);
   }
   for (const Range& r : wanted) advise_huge_pages(room_.room(r.begin), room_.room(r.end), true);
-  auto pending = std::make_shared<Pending>();
+  ReadGroup reads(queue_.get());
   size_t total = 0;
   for (const Range& r : missing) {
     total += r.end - r.begin;
-    submit(queue_.get(), pending, r.begin, r.end - r.begin, room_.room(r.begin), nullptr);
+    reads.submit(r.begin, r.end - r.begin, room_.room(r.begin), nullptr);
   }
   const int64_t before = queue_->stats().bytes;
   // What a stopped or failed read has brought is not counted as held: it is read again.
-  if (!wait_for(pending.get(), [&] { return waiting(size_t(queue_->stats().bytes - before), total); })) {
-    return "cancelled";
-  }
-  if (!pending->error.empty()) return pending->error;
+  const std::string error = reads.wait([&] { return waiting(size_t(queue_->stats().bytes - before), total); });
+  if (!error.empty()) return error;
   held_ = wanted;
 
   std::unique_ptr<WeightStream> stream;
@@ -420,13 +371,7 @@ FlashWeights::Sizes FlashWeights::sizes() const {
 StreamStats FlashWeights::stream_stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
   StreamStats s = past_;
-  if (!stream_) return s;
-  const StreamStats now = stream_->stats();
-  s.passes += now.passes;
-  s.ready += now.ready;
-  s.waited += now.waited;
-  s.bytes += now.bytes;
-  s.wait_seconds += now.wait_seconds;
+  if (stream_) s += stream_->stats();
   return s;
 }
 
@@ -460,14 +405,12 @@ std::string FlashWeights::end_pass() {
 }
 
 std::string FlashWeights::read(uint64_t offset, size_t bytes, uint8_t* to, const std::function<bool()>& should_stop) {
-  auto pending = std::make_shared<Pending>();
-  submit(queue_.get(), pending, offset, bytes, to, panel_);
-  if (!wait_for(pending.get(), should_stop)) {
-    // The reader may still write there: the next rows get memory of their own.
-    panel_ = std::make_shared<AlignedBuffer<uint8_t>>(panel_->size(), "an embedding row");
-    return "cancelled";
-  }
-  return pending->error;
+  ReadGroup reads(queue_.get());
+  reads.submit(offset, bytes, to, panel_);
+  const std::string error = reads.wait(should_stop);
+  // The reader may still write there: the next rows get memory of their own.
+  if (error == "cancelled") panel_ = std::make_shared<AlignedBuffer<uint8_t>>(panel_->size(), "an embedding row");
+  return error;
 }
 
 std::string FlashWeights::fetch_rows(const int32_t* tokens, int n, const std::function<bool()>& should_stop,

@@ -65,6 +65,7 @@ class FlashWeights {
   Sizes sizes() const;
   StreamStats stream_stats() const;  // of all streams there have been
   ReadStats read_stats() const { return queue_->stats(); }
+  const std::shared_ptr<ReadQueue>& queue() const { return queue_; }
 
  private:
   struct Range {

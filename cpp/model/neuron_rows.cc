@@ -41,6 +41,12 @@ void rows(const NeuronRows& w, const InputBuffer& x, const int32_t* ids, int beg
   add_biases(w, ids, begin, end, gate, up);
 }
 
+void first_rows(const NeuronRows& w, const NeuronMatrix& m, const InputBuffer& x, int begin, int end, float* out) {
+  if (w.quantised()) kernels().rows_q(m, x.ordered(0), nullptr, begin, end, nullptr, out);
+  else kernels().rows_f(m, x.input(0).x, nullptr, begin, end, nullptr, out);
+  add_biases(w, nullptr, begin, end, w.m.gated ? out : nullptr, w.m.gated ? nullptr : out);
+}
+
 void rows_gemm(const NeuronRows& w, const InputBuffer& x, int first, int n, int begin, int end, float* gate, float* up,
                size_t ldy, void* scratch) {
   const KernelTable& k = kernels();

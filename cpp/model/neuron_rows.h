@@ -33,6 +33,8 @@ NeuronRows load_neuron_rows(const PackedModel& model, const std::string& name, i
 // gate[k] and up[k] of neuron ids[k] (of neuron k where ids is null), k in [begin, end), bias included, for row 0 of x.
 // Either may be null: its weights are then not read. Without a gate only up is there. All must be of one slice.
 void rows(const NeuronRows& w, const InputBuffer& x, const int32_t* ids, int begin, int end, float* gate, float* up);
+// The first row of neurons [begin, end), gate or, without one, up, bias included: out[k]. m holds no other rows.
+void first_rows(const NeuronRows& w, const NeuronMatrix& m, const InputBuffer& x, int begin, int end, float* out);
 // The biases alone, for products made elsewhere.
 void add_biases(const NeuronRows& w, const int32_t* ids, int begin, int end, float* gate, float* up);
 // The same for all neurons of [begin, end) and rows [first, first + n) of x: gate[i * ldy + k]; bit-equal to n rows.

@@ -35,7 +35,8 @@ std::string NeuronStore::refusal(const DecoderWeights& w) {
   return "";
 }
 
-NeuronStore::NeuronStore(const PackedModel& model, const DecoderWeights& w, std::shared_ptr<ByteSource> source)
+NeuronStore::NeuronStore(const PackedModel& model, const DecoderWeights& w, std::shared_ptr<ByteSource> source,
+                         bool by_gate)
     : source_(std::move(source)) {
   form_ = w.layers[0].ffn_rows.m;
   const PanelMatrix& down = w.layers[0].ffn_down.parts[0];
@@ -55,12 +56,20 @@ NeuronStore::NeuronStore(const PackedModel& model, const DecoderWeights& w, std:
     shape_.stride = file_->records(l).stride;
     down_.push_back(layer.ffn_down);
   }
+  if (!by_gate) return;
+  // A record's first row is among the gates; slots hold what follows it. The next layer's neurons are not known beforehand.
+  gates_ = std::make_unique<GateRows>(model, w);
+  for (uint64_t& offset : shape_.offsets) offset += form_.row_stride();
+  shape_.bytes -= form_.row_stride();
+  shape_.held = 1;
+  has_rows_ = form_.gated;
+  form_.gated = false;
 }
 
 size_t NeuronStore::bytes(int64_t slots) const {
   size_t heads = 0;
   for (int l = 0; l < shape_.layers; l++) heads += file_->records(l).heads_bytes + 3 * kReadAlign;
-  const size_t blocks = size_t((slots + kNeuronBlock - 1) / kNeuronBlock);
+  const size_t blocks = has_rows_ ? size_t((slots + kNeuronBlock - 1) / kNeuronBlock) : 0;
   return heads + blocks * kNeuronBlock * form_.record_bytes() + size_t(slots) * column_bytes_ + kBeyond +
          NeuronPool::table_bytes(shape_, slots);
 }
@@ -78,7 +87,8 @@ void NeuronStore::open(int slots, int readers, size_t unit, const LoadProgress& 
   }
   memory_ = std::make_shared<Memory>();
   memory_->rows = form_;
-  memory_->rows.neurons = slots;
+  memory_->rows.neurons = has_rows_ ? slots : 0;
+  memory_->has_rows = has_rows_;
   memory_->row_bytes = form_.row_stride();
   memory_->column_bytes = column_bytes_;
   memory_->of_rows.reset(memory_->rows.total_bytes(), "single neurons");
@@ -89,11 +99,11 @@ void NeuronStore::open(int slots, int readers, size_t unit, const LoadProgress& 
   for (Linear& w : down_) w.parts[0].runs = memory_->of_columns.data();
   const size_t column = neuron_column_bytes(down_[0].parts[0]);
   const auto place = [m = memory_, column](int slot, const uint8_t* record) {
-    const bool gated = m->rows.gated;
-    uint8_t* to = m->of_rows.data() + m->rows.offset_of(slot);
-    std::memcpy(to, record, m->row_bytes);
-    if (gated) std::memcpy(to + m->rows.up_offset(), record + m->row_bytes, m->row_bytes);
-    std::memcpy(m->of_columns.data() + size_t(slot) * m->column_bytes, record + (gated ? 2 : 1) * m->row_bytes, column);
+    for (int row = 0; m->has_rows && row < (m->rows.gated ? 2 : 1); row++, record += m->row_bytes) {
+      uint8_t* to = m->of_rows.data() + m->rows.offset_of(slot) + (row ? m->rows.up_offset() : 0);
+      std::memcpy(to, record, m->row_bytes);
+    }
+    std::memcpy(m->of_columns.data() + size_t(slot) * m->column_bytes, record, column);
   };
   pool_ = std::make_unique<NeuronPool>(queue_, shape_, slots, place, file_);
   const std::string error = pool_->fill([&](size_t done, size_t total) { return progress && progress(done, total); });
@@ -104,9 +114,22 @@ void NeuronStore::open(int slots, int readers, size_t unit, const LoadProgress& 
   if (read >= int64_t(16) << 20) load_rate_ = double(read) / seconds;
 }
 
-std::string NeuronStore::changed() const {
+size_t NeuronStore::token_cost(double share) const {
+  const double missing = std::max(0.0, share * double(all_neurons()) - pool_->slots() / 2.0);
+  return size_t(missing * double(shape_.stride + shape_.gap)) + (gates_ ? gates_->streamed_bytes() : 0);
+}
+
+void NeuronStore::begin_token() {
+  pool_->begin_token();
+  if (gates_) gates_->begin_pass();
+}
+
+std::string NeuronStore::end_token() {
+  std::string error = pool_->end_token(), of_gates = gates_ ? gates_->end_pass() : std::string();
+  if (error.empty()) error = std::move(of_gates);
   const std::string what = source_->changed();
-  return what.empty() ? what : source_->path() + " " + what + " since the model was opened";
+  if (error.empty() && !what.empty()) error = source_->path() + " " + what + " since the model was opened";
+  return error;
 }
 
 void NeuronStore::rows(const NeuronRows& w, int layer, const InputBuffer& x, const int32_t* ids, int begin, int end,

@@ -1,5 +1,6 @@
-// FFNs of which single neurons are in memory, for decoding under a memory budget where something says beforehand which
-// neurons a token needs: their rows and columns in slots of a pool, multiplied there by the same kernels.
+// FFNs of which single neurons are in memory, for decoding under a memory budget where something says which neurons a token
+// needs: their rows and columns in slots of a pool, multiplied there by the same kernels. Either a list says it beforehand,
+// or the gates do: then gate rows are held and streamed apart, and slots hold what only neurons that are not 0 need.
 #pragma once
 
 #include <functional>
@@ -10,6 +11,7 @@
 #include "flash/neuron_pool.h"
 #include "format/neuron_file.h"
 #include "model/flash_weights.h"
+#include "model/gate_rows.h"
 #include "model/weights.h"
 
 namespace sr {
@@ -19,23 +21,32 @@ class NeuronStore {
   // Why there can be none for these weights, in words that follow "because"; empty where there can.
   static std::string refusal(const DecoderWeights& w);
   // w: not cut yet. Throws Error(model) where the file is damaged or belongs to other weights.
-  NeuronStore(const PackedModel& model, const DecoderWeights& w, std::shared_ptr<ByteSource> source);
+  NeuronStore(const PackedModel& model, const DecoderWeights& w, std::shared_ptr<ByteSource> source, bool by_gate);
 
-  // Bytes that n slots take, and the fewest slots.
+  // What chooses the neurons by their gates, null: lists do.
+  GateRows* gates() { return gates_.get(); }
+  const GateRows* gates() const { return gates_.get(); }
+  // Bytes that n slots take without the gates, and the fewest slots.
   size_t bytes(int64_t slots) const;
   int least_slots() const { return NeuronPool::least_slots(shape_); }
   int64_t all_neurons() const { return int64_t(shape_.layers) * shape_.neurons; }
 
-  // Makes the slots and fills them with the first records of every layer. Throws as FlashWeights does.
+  // What a token that needs this share of the neurons costs, in bytes of long reads, if half of the slots hold some of them.
+  size_t token_cost(double share) const;
+
+  // Makes the slots and fills them with the first records of every layer; where there are gates, after they were opened.
+  // Throws as FlashWeights does.
   void open(int slots, int readers, size_t unit, const LoadProgress& progress);
+
+  // A token begins, and is over, whole or not. The end returns why it failed, or the empty text.
+  void begin_token();
+  std::string end_token();
+  bool failed() const { return pool_->failed() || (gates_ && gates_->failed()); }  // or stopped
 
   NeuronPool& pool() { return *pool_; }
   const NeuronPool& pool() const { return *pool_; }
   ReadStats read_stats() const { return queue_->stats(); }
   double load_bytes_per_second() const { return load_rate_; }
-  // Empty, or what happened to the file.
-  std::string changed() const;
-
   // gate[k] and up[k] of neuron ids[k] (of neuron k where ids is null), as rows() of neuron_rows.h; `slots` is room for
   // end - begin of them. All must have been requested and awaited.
   void rows(const NeuronRows& w, int layer, const InputBuffer& x, const int32_t* ids, int begin, int end, float* gate,
@@ -48,16 +59,19 @@ class NeuronStore {
  private:
   // What readers write to, and may hold on to.
   struct Memory {
-    NeuronMatrix rows;  // of slots
+    NeuronMatrix rows;  // of slots; without rows where slots hold columns only
     size_t row_bytes = 0, column_bytes = 0;
+    bool has_rows = true;
     AlignedBuffer<uint8_t> of_rows, of_columns;
   };
 
   std::shared_ptr<ByteSource> source_;
   std::shared_ptr<NeuronFile> file_;
   NeuronPool::Shape shape_;
-  NeuronMatrix form_;       // of gate and up
+  NeuronMatrix form_;       // of gate and up in a slot
+  bool has_rows_ = true;    // a slot has rows
   size_t column_bytes_ = 0;
+  std::unique_ptr<GateRows> gates_;
   std::vector<Linear> down_;
   std::vector<AlignedBuffer<uint8_t>> heads_;
   std::shared_ptr<Memory> memory_;

@@ -104,6 +104,7 @@ class Model:
         neuron_share: float = 0.0,
         aside_bytes: int = 0,
         device_memory: int = 0,
+        by_gate: bool = False,
     ) -> None:
         """`mmap`: True maps the weights, False copies them into huge pages (15-30% faster decoding), None copies them
         where that takes at most half of the available memory.
@@ -115,7 +116,9 @@ class Model:
         will `set_aside`. `progress(done, total)`: bytes read at the start. Raises BudgetError below the floor and above the machine's
         memory. `neuron_share`: above 0, set_neurons or set_predictor will say which neurons tokens need, together so large a
         share of all; as many as fit are then held singly, and decoding reads those that are missing, where the model has a file
-        of neurons (else memory()["no_neurons"] says why not). The same results.
+        of neurons (else memory()["no_neurons"] says why not). `by_gate`: where `neuron_share` is 0, tokens will say by their gates
+        which neurons they need (activations with true zeros, thresholds at site G): gate rows are held and streamed first, and of
+        the others only those are read that are left and missing. The same results.
 
         `device`: "cpu", "cuda", or "auto" (the GPU where there is one with room for the model's attention and head). Under a GPU
         `n_ctx` is what room for contexts is kept for, 0 = 4096 or what the model was trained for. `device_memory`: bytes of the
@@ -127,7 +130,8 @@ class Model:
     def memory(self) -> dict[str, Any]:
         """What a memory budget was divided into, in bytes: {"budget_bytes" (0 without one), "process_bytes", "working_bytes",
         "context_bytes" (in use), "resident_bytes" (weights now; contexts and prompts that grow make them fewer), "ring_bytes" (weights read ahead), "neuron_bytes" and "neuron_slots" (single
-        neurons held), "no_neurons" (why none are, where they were asked for), "streamed_bytes" (that every pass reads which does
+        neurons held), "gate_bytes" (of these: gate rows that choose the others), "gate_streamed_bytes" (gate rows that every token reads
+        which works from single neurons), "no_neurons" (why none are, where they were asked for), "streamed_bytes" (that every pass reads which does
         not work from single neurons), "n_ctx", "disk_bytes_per_s" (measured at the start, 0 = unknown), "direct" (past the page
         cache)}, and what its reads have come to since: {"passes", "read_bytes", "reads", "hits", "misses" (pieces that were there
         when needed, and that were waited for), "neuron_tokens" (passes that worked from single neurons), "neuron_hits",

@@ -81,8 +81,13 @@ def start_text(memory: Mapping[str, Any]) -> str:
         f"memory{cached}, context of {m['n_ctx']} tokens"
     )
     if m.get("neuron_slots"):
+        gates = ""
+        if m.get("gate_bytes"):
+            gates = f", {size_text(m['gate_bytes'])} of them gate rows, which choose the others"
+            if m["gate_streamed_bytes"]:
+                gates += f" and of which {size_text(m['gate_streamed_bytes'])} are read for each token"
         return (
-            f"{head}, {m['neuron_slots']} single neurons ({size_text(m['neuron_bytes'])}); each block of a prompt reads "
+            f"{head}, {m['neuron_slots']} single neurons ({size_text(m['neuron_bytes'])}{gates}); each block of a prompt reads "
             f"{size_text(m['streamed_bytes'])}, each token of the answer the neurons that it needs and that are missing"
         )
     if m.get("no_neurons"):

@@ -93,8 +93,7 @@ class Model:
             self._tokenizer = tokenizer_within(budget, self.path)
             file, why = known(room_for, self.path)
             self._planned = (str(room_for), file, why)
-            if file is not None:
-                wanted = needs(file, json.loads((self.path / "config.json").read_bytes()))
+            wanted = needs(file, json.loads((self.path / "config.json").read_bytes()))
         self._core: _core.Model | None = _core.Model(
             os.fspath(path),
             threads or 0,
@@ -103,6 +102,7 @@ class Model:
             n_ctx=(ctx_size or 0) if budget or device != "cpu" else 0,
             extra_bytes=wanted.extra_bytes,
             neuron_share=wanted.neuron_share,
+            by_gate=wanted.by_gate,
             device=device,
             device_memory=on_device,
             aside_bytes=self._tokenizer.peak_bytes if self._tokenizer is not None else 0,

@@ -15,14 +15,22 @@ if TYPE_CHECKING:
     from .sparsity import SparsityFile
 
 _BLOCK = 256  # tokens of a prompt that are computed together
+_WORTHWHILE = 0.8  # of the neurons below their thresholds: with fewer, long reads of whole FFNs cost less than single ones
 
 
 @dataclass(frozen=True)
 class Needs:
-    """For `_core.Model`: `neuron_share` (0: no single neurons) and `extra_bytes`."""
+    """For `_core.Model`: `neuron_share` (0: no lists of single neurons), `extra_bytes` and `by_gate`."""
 
     neuron_share: float = 0.0
     extra_bytes: int = 0
+    by_gate: bool = False
+
+
+def gives_zeros(config: Mapping[str, Any]) -> bool:
+    """Whether a model's activation makes neurons exactly 0, which decoding then leaves out."""
+    relu = config.get("activation") in ("relu", "relu2")
+    return relu or float(config.get("activation_threshold", 0)) > 0 or bool(config.get("up_relu", False))
 
 
 def known(choice: str | float | None, packed: Path) -> tuple[SparsityFile | None, str]:
@@ -51,9 +59,11 @@ def known(choice: str | float | None, packed: Path) -> tuple[SparsityFile | None
 
 
 def needs(file: SparsityFile | None, config: Mapping[str, Any]) -> Needs:
-    """What decoding with a file needs of a model. Arrays that the file holds already are in memory and not counted again."""
+    """What decoding with a file, or without one, needs of a model. Arrays that the file holds already are in memory and not
+    counted again."""
+    zeros = gives_zeros(config)
     if file is None:
-        return Needs()
+        return Needs(by_gate=zeros)
     n_layers, n_ff = int(config["n_layers"]), int(config["n_ff"])
     held = sum(int(array.nbytes) for array in file.arrays.values())
     if file.method == "dejavu":
@@ -68,7 +78,9 @@ def needs(file: SparsityFile | None, config: Mapping[str, Any]) -> Needs:
         return Needs(sum(each) / (n_layers * n_ff), n_layers * n_ff * 40 + _BLOCK * n_ff)
     widths = sum(int(t.size) for layers in file.thresholds.values() for t in layers if t is not None)
     most = n_layers * 5 * max(n_ff, int(config["n_embd"]), int(config["n_heads"]) * int(config["head_dim"]))
-    return Needs(0.0, 4 * max(widths, most))
+    levels = file.levels.get("G", [])
+    chosen = sum(levels) >= _WORTHWHILE * n_layers and all(t is not None for t in file.thresholds.get("G", [None]))
+    return Needs(0.0, 4 * max(widths, most), by_gate=zeros or chosen)
 
 
-__all__ = ["Needs", "known", "needs"]
+__all__ = ["Needs", "gives_zeros", "known", "needs"]

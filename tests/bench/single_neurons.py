@@ -15,7 +15,7 @@ better), and gets ReLU. Methods:
              stream of random weights changes little from token to token, and what is named with it: the hit rate is higher
              than text and a trained predictor would have it. It shows what a hit rate costs, nothing about a real model's
   exact      no set: neurons that are exactly 0 (FATReLU at the 90% quantile of the gates) are skipped. Gate rows are all
-             needed: under the budget the FFNs are streamed whole
+             needed, and held and streamed first; of the other neurons those are read that are left and missing
 
 Each run is a process of its own, under a hard limit of the budget plus 5% (with_memory_limit.sh, needs root); runs in memory and
 under the budget take turns. One JSON object to standard output, a table to standard error.
@@ -86,7 +86,9 @@ def child(args: argparse.Namespace) -> None:
     config = json.loads((args.packed / "config.json").read_text())
     arrays = skewed_predictor(config) if args.method == "predicted" else {}
     n_layers, n_ff = config["n_layers"], config["n_ff"]
-    extra = sum(a.nbytes for a in arrays.values()) + 256 * n_ff * 5 if arrays else n_layers * n_ff * 40 + 256 * n_ff
+    extra = {"set": n_layers * n_ff * 40 + 256 * n_ff, "exact": 0}.get(args.method, 0)
+    if arrays:
+        extra = sum(a.nbytes for a in arrays.values()) + 256 * n_ff * 5
     share = {"set": DENSITY, "predicted": 1.0, "exact": 0.0}[args.method]
     core = _core.Model(
         str(args.packed),
@@ -95,6 +97,7 @@ def child(args: argparse.Namespace) -> None:
         n_ctx=CTX if args.budget else 0,
         extra_bytes=extra if args.budget else 0,
         neuron_share=share if args.budget else 0.0,
+        by_gate=bool(args.budget) and args.method == "exact",
     )
     session = _core.Session(core, CTX)
     ids = np.random.default_rng(3).integers(0, config["n_vocab"], PROMPT).astype(np.int32)

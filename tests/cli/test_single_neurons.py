@@ -205,6 +205,11 @@ def test_needs_follow_from_the_file(packed: Path) -> None:
     assert needs(predicted, header.config).extra_bytes > sum(a.nbytes for a in predicted.arrays.values())
     gates = known("gates", packed)[0]
     assert needs(gates, header.config).neuron_share == 0.0
+    assert not needs(gates, header.config).by_gate and not needs(None, header.config).by_gate
+    gates.levels = {"G": [0.9] * 30}
+    assert needs(gates, header.config).by_gate
+    zeros = {**header.config, "activation": "relu"}
+    assert needs(None, zeros).by_gate and needs(fixed, zeros).neuron_share and not needs(fixed, zeros).by_gate
     assert known(None, packed) == known("off", packed) == (None, "")
     assert Choice.of(fixed.options).keep(1536) == 307
     with pytest.raises(errors.BudgetError):

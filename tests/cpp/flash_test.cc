@@ -251,7 +251,10 @@ int wrong_bytes(WeightStream& stream, const std::vector<StreamUnit>& units, cons
           if (!stream.await(u, t == 0 ? &never : nullptr)) wrong++;
           const StreamUnit& unit = units[size_t(u)];
           if (rng() % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(rng() % 300));
-          wrong += std::memcmp(stream.address(u), data.data() + unit.offset, unit.bytes) != 0;
+          for (int piece = 0; piece < unit.count; piece++) {
+            const uint8_t* at = stream.address(u) + size_t(piece) * unit.bytes;
+            wrong += std::memcmp(at, data.data() + unit.offset + size_t(piece) * unit.stride, unit.bytes) != 0;
+          }
           stream.done(u);
         }
       });
@@ -272,7 +275,8 @@ TEST_CASE("the ring holds each unit's own bytes while it is used, for any size o
     source->halve = round % 2 == 0;
     auto queue = std::make_shared<ReadQueue>(source, 1 + round % 4, 2 * kBlock);
     const int n = round == 0 ? 1 : 2 + int(rng() % 20), users = 1 + round % 3;
-    const auto units = odd_units(&rng, n, data.size());
+    auto units = odd_units(&rng, n, data.size());
+    if (round % 2) units.push_back({rng() % 8 * kBlock, (1 + rng() % 3) * kBlock, 5, 5 * kBlock});
     const size_t ring = WeightStream::ring_floor(units) * (1 + rng() % 4) + rng() % 2 * kBlock;
     WeightStream stream(queue, units, ring, users);
     Walk walk;
@@ -303,8 +307,12 @@ TEST_CASE("a pass that cannot be read fails, and the next one is whole") {
     auto source = faulty(data);
     auto queue = std::make_shared<ReadQueue>(source, 2, kBlock);
     std::vector<StreamUnit> units;
-    for (int i = 0; i < 8; i++) units.push_back({uint64_t(i) * 8 * kBlock, 8 * kBlock});
-    WeightStream stream(queue, units, 16 * kBlock, 1);
+    // One piece, or two with as much between them.
+    for (int i = 0; i < 8; i++) {
+      if (at % 2) units.push_back({uint64_t(i) * 8 * kBlock, 2 * kBlock, 2, 4 * kBlock});
+      else units.push_back({uint64_t(i) * 8 * kBlock, 8 * kBlock});
+    }
+    WeightStream stream(queue, units, (at % 2 ? 8 : 16) * kBlock, 1);
     const std::function<bool()> never = [] { return false; };
     stream.begin_pass();
     bool good = true;

@@ -110,6 +110,55 @@ TEST_CASE("every slot holds its neuron's record while it is used, for any size o
   }
 }
 
+TEST_CASE("threads may ask for parts of a layer while others compute, with slots for one layer and what is in progress") {
+  std::mt19937 rng(6);
+  Rig two(5, 128, 1024, 1000, 0, 3);
+  sr::NeuronPool::Shape shape = two.shape;
+  shape.held = 1;
+  shape.gap = 0;
+  const int slots = NeuronPool::least_slots(shape);
+  CHECK(slots < two.pool->slots());
+  auto memory = std::make_shared<std::vector<uint8_t>>(size_t(slots) * shape.bytes);
+  NeuronPool pool(
+      std::make_shared<ReadQueue>(two.source, 3, 4 * sr::kReadAlign), shape, slots,
+      [memory, bytes = shape.bytes](int slot, const uint8_t* r) {
+        std::memcpy(memory->data() + size_t(slot) * bytes, r, bytes);
+      },
+      nullptr);
+  std::atomic<int> wrong{0};
+  for (int token = 0; token < 12; token++) {
+    const double share = token % 3 == 0 ? 1 : 0.3;
+    pool.begin_token();
+    for (int l = 0; l < shape.layers; l++) {
+      const auto ids = some_of(shape.neurons, share, &rng);
+      pool.begin_layer(l);
+      std::vector<std::thread> threads;
+      for (int t = 0; t < 3; t++) {
+        threads.emplace_back([&, t] {
+          const int begin = int(ids.size()) * t / 3, end = int(ids.size()) * (t + 1) / 3, middle = (begin + end) / 2;
+          pool.add(l, ids.data() + begin, middle - begin, ReadPriority::miss);
+          pool.add(l, ids.data() + middle, end - middle, ReadPriority::miss);
+          const auto look = [&](bool missing) {
+            for (int i = begin; i < end; i++) {
+              if (pool.missing(l, ids[size_t(i)]) != missing) continue;
+              const size_t at = size_t(shape.offsets[size_t(l)]) +
+                                shape.positions[size_t(l) * size_t(shape.neurons) + size_t(ids[size_t(i)])] * shape.stride;
+              const uint8_t* slot = memory->data() + size_t(pool.slot(l, ids[size_t(i)])) * shape.bytes;
+              wrong += std::memcmp(slot, two.data.data() + at, shape.bytes) != 0;
+            }
+          };
+          look(false);
+          wrong += !pool.await(l, t == 0 ? &kNever : nullptr);
+          look(true);
+        });
+      }
+      for (auto& t : threads) t.join();
+    }
+    CHECK_EQ(pool.end_token(), std::string());
+  }
+  CHECK_EQ(wrong, 0);
+}
+
 TEST_CASE("what was asked for stays: a list that fits is read once, and one that does not mostly stays") {
   std::mt19937 rng(9);
   Rig rig(4, 128, 4096, 4096, 0, 3);  // slots for two lists and what may be in progress

@@ -101,17 +101,20 @@ struct RandomPredictor {
 
 // slots: 0 = all in memory, else above the fewest.
 struct Opened {
-  Opened(TinyModel& tiny, int threads, int more_slots)
+  Opened(TinyModel& tiny, int threads, int more_slots, bool by_gate = false, int gate_percent = 0)
       : source(more_slots < 0 ? nullptr : sr::open_direct(sr::PackedModel::weight_file(tiny.path()))),
         packed(source ? std::make_unique<sr::PackedModel>(tiny.path(), source)
                       : std::make_unique<sr::PackedModel>(tiny.path())),
         decoder(*packed, threads) {
     if (!source) return;
     CHECK_EQ(decoder.store_refusal(), std::string());
-    sr::NeuronStore* store = decoder.make_store(*packed, sr::open_direct(sr::NeuronFile::path_in(tiny.path())));
+    sr::NeuronStore* store = decoder.make_store(*packed, sr::open_direct(sr::NeuronFile::path_in(tiny.path())), by_gate);
     const auto plan = decoder.plan_residency(decoder.room_without_ffn());
     decoder.load_resident(*packed, plan, std::make_shared<sr::ReadQueue>(source, 2, 16 * sr::kReadAlign), nullptr);
-    decoder.open_store(store->least_slots() + more_slots, 3, 16 * sr::kReadAlign, nullptr);
+    const sr::GateRows* gates = store->gates();
+    if (gates) CHECK_EQ(gates->refusal(), std::string());
+    decoder.open_store(store->least_slots() + more_slots, gates ? gates->all_blocks() * gate_percent / 100 : 0, 3,
+                       16 * sr::kReadAlign, nullptr);
   }
   std::shared_ptr<sr::ByteSource> source;
   std::unique_ptr<sr::PackedModel> packed;
@@ -155,12 +158,19 @@ struct Model {
     o.neuron_share = share;
     return o;
   }
-  // Under which half of the weights would fit, or all but the FFNs and that share of the neurons; to be asked for right
+  // Under which a quarter of the weights would fit, or all but the FFNs and that share of the neurons; to be asked for right
   // before it is used, because the process itself counts.
   size_t budget(double share) const {
     sr::Model(options(size_t(2) << 30, share));  // what it leaves behind in the heap is there from now on
     const sr::MemoryStats m = sr::Model(options(size_t(2) << 30, share)).memory();
-    return m.floor - (size_t(2) << 30) / 1000 + m.resident / 2 + m.neurons + (size_t(1) << 20);
+    const auto source = sr::open_direct(sr::PackedModel::weight_file(tiny.path()));
+    const sr::PackedModel packed(tiny.path(), source);
+    sr::Decoder decoder(packed, 1);
+    const sr::NeuronStore& store =
+        *decoder.make_store(packed, sr::open_direct(sr::NeuronFile::path_in(tiny.path())), false);
+    const int64_t wanted = int64_t(share * double(store.all_neurons())) + store.least_slots();
+    return m.floor - (size_t(2) << 30) / 1000 + m.resident / 4 + store.bytes(std::min(wanted, store.all_neurons())) +
+           (size_t(1) << 20);
   }
   TinySpec spec;
   TinyModel tiny;
@@ -170,7 +180,7 @@ TinySpec larger() {
   TinySpec s = by_neuron();
   s.n_layers = 12;
   s.n_embd = 256;
-  s.n_ff = 2048;
+  s.n_ff = 4096;
   s.activation = "relu";
   return s;
 }
@@ -217,13 +227,45 @@ struct Faults {
   Faults() {
     sr::wrap_sources([this](std::shared_ptr<sr::ByteSource> inner) {
       auto made = std::make_shared<FaultSource>(std::move(inner));
-      if (made->path().find("neurons") != std::string::npos) neurons = made;
+      (made->path().find("neurons") != std::string::npos ? neurons : weights) = made;
       return made;
     });
   }
   ~Faults() { sr::wrap_sources(nullptr); }
-  std::shared_ptr<FaultSource> neurons;
+  std::shared_ptr<FaultSource> neurons, weights;
 };
+
+// Errors and stalls of one file while an answer is generated that reads it at every token.
+void expect_faults_end_cleanly(sr::Session& s, FaultSource& file, const std::string& name) {
+  const auto expected = greedy(s, 14);
+  std::string text;
+  // What is read ahead may carry the answer a little further.
+  CHECK(code_of([&] { greedy(s, 14, [&](int i) { file.fail_with = i >= 3 ? EIO : 0; }); }, &text) == ErrorCode::runtime);
+  CHECK(text.find("cannot read") == 0);
+  CHECK(text.find(name) != std::string::npos);
+  file.fail_with = 0;
+  CHECK(greedy(s, 14) == expected);
+  for (int round = 0; round < 2; round++) {
+    std::atomic<bool> stalled{false};
+    ErrorCode code = ErrorCode::isa;
+    std::thread generation([&] {
+      code = code_of([&] {
+        greedy(s, 14, [&](int i) {
+          if (i != 4) return;
+          file.stall();
+          stalled = true;
+        });
+      });
+    });
+    while (!stalled) std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(60));
+    s.cancel();
+    generation.join();
+    CHECK(code == ErrorCode::cancelled);
+    file.go_on();
+    CHECK(greedy(s, 14) == expected);
+  }
+}
 
 }  // namespace
 
@@ -292,7 +334,7 @@ TEST_CASE("a fixed set is read once: after that decoding reads nothing") {
   const sr::Model opened(model.options(budget, 0.15));
   const sr::MemoryStats start = opened.memory();
   CHECK(start.process + start.working + start.contexts + start.resident + start.ring + start.neurons <= budget);
-  CHECK(start.neuron_slots > 12 * 2048 * 0.15);
+  CHECK(start.neuron_slots > 12 * 4096 * 0.15);
   CHECK(start.streamed > 0);
   CHECK_EQ(start.no_neurons, std::string());
   sr::Session s(opened, 256);
@@ -324,7 +366,7 @@ TEST_CASE("without a file, room or a layout for them there are no single neurons
     use_sets(first, 0.2);
     expected = greedy(first, 8);
   }
-  const size_t budget = model.budget(1), neurons = sr::Model(model.options(budget, 1)).memory().neurons;
+  const size_t budget = model.budget(0.1), neurons = sr::Model(model.options(budget, 1)).memory().neurons;
   CHECK(neurons > size_t(4) << 20);
   const auto why = [&](const sr::ModelOptions& options) {
     const sr::Model opened(options);
@@ -389,33 +431,7 @@ TEST_CASE("an error, or a stall that is cancelled, while a neuron is read ends t
   CHECK(opened.memory().neuron_slots > 0);
   sr::Session s(opened, 256);
   use_sets(s, 0.5);  // more than there are slots for: reads at every token
-  const auto expected = greedy(s, 8);
-  std::string text;
-  CHECK(code_of([&] { greedy(s, 8, [&](int i) { faults.neurons->fail_with = i == 3 ? EIO : 0; }); }, &text) == ErrorCode::runtime);
-  CHECK(text.find("cannot read") == 0);
-  CHECK(text.find("neurons.safetensors") != std::string::npos);
-  faults.neurons->fail_with = 0;
-  CHECK(greedy(s, 8) == expected);
-  for (int round = 0; round < 2; round++) {
-    std::atomic<bool> stalled{false};
-    ErrorCode code = ErrorCode::isa;
-    std::thread generation([&] {
-      code = code_of([&] {
-        greedy(s, 8, [&](int i) {
-          if (i != 4) return;
-          faults.neurons->stall();
-          stalled = true;
-        });
-      });
-    });
-    while (!stalled) std::this_thread::yield();
-    std::this_thread::sleep_for(std::chrono::milliseconds(60));
-    s.cancel();
-    generation.join();
-    CHECK(code == ErrorCode::cancelled);
-    faults.neurons->go_on();
-    CHECK(greedy(s, 8) == expected);
-  }
+  expect_faults_end_cleanly(s, *faults.neurons, "neurons.safetensors");
 }
 
 TEST_CASE("where attention has to leave memory too, decoding reads FFNs whole again, with the same results") {
@@ -428,4 +444,117 @@ TEST_CASE("where attention has to leave memory too, decoding reads FFNs whole ag
   opened.set_aside(size_t(1) << 30, true);
   CHECK(greedy(s, 8) == expected);
   CHECK_EQ(opened.memory().neuron_tokens, 8);
+}
+
+TEST_CASE("neurons that their gates choose give the bits of the whole model in memory, however many gate rows and slots there are") {
+  std::vector<std::pair<const char*, TinySpec>> all = variants();
+  all[1].second.more = "\"activation_threshold\": 0.3, \"up_relu\": true, ";
+  TinySpec floats = all[3].second;
+  floats.activation = "relu2";
+  floats.n_embd = 192;
+  all.push_back({"float rows, zeros", floats});
+  for (const auto& variant : all) {
+    TinyModel tiny(variant.second);
+    tiny.write_raw("neurons.safetensors", sr_test::neurons_of(tiny, variant.second, 7).bytes());
+    Opened resident(tiny, 1, -1);
+    std::array<int, sr::kSites> widths{};
+    for (int i = 0; i < sr::kSites; i++) widths[size_t(i)] = resident.decoder.site_width(sr::Site(i));
+    sr::SparsityPlan g(variant.second.n_layers, widths, 0), later(variant.second.n_layers, widths, 12);
+    const float most = 0.5f, few = 0.01f;
+    for (int l = 0; l < variant.second.n_layers; l++) {
+      if (variant.second.gated && l != 1) g.set(l, sr::Site::G, l == 2 ? &few : &most, 1);
+      if (variant.second.gated) later.set(l, sr::Site::G, &most, 1);
+      later.set(l, sr::Site::Z, &few, 1);
+    }
+    const bool zeros = variant.second.activation != "silu";
+    std::vector<sr::Skipping> methods(4);
+    methods[1].plan = &g;
+    methods[2].plan = &later;
+    methods[3].exact = false;
+    int64_t from_store = 0;
+    for (int threads : {1, 2, 3}) {
+      for (int more : {0, 300}) {
+        for (int percent : {0, 37, 100}) {
+          Opened stored(tiny, threads, more, true, percent);
+          for (size_t i = 0; i < methods.size(); i++) {
+            const auto before = stored.decoder.store()->pool().stats();
+            if (!same_bits(run(stored.decoder, methods[i]), run(resident.decoder, methods[i]))) {
+              sr_test::fail(__FILE__, __LINE__, std::string(variant.first) + ", " + std::to_string(threads) + " threads, " +
+                                                    std::to_string(more) + " more slots, " + std::to_string(percent) +
+                                                    "% of the gates, method " + std::to_string(i) + ": other bits");
+            }
+            const int64_t tokens = stored.decoder.store()->pool().stats().tokens - before.tokens;
+            from_store += tokens;
+            if (i == 3 || (i == 0 && !zeros)) CHECK_EQ(tokens, 0);
+          }
+        }
+      }
+    }
+    CHECK(from_store > 0);
+  }
+}
+
+namespace {
+
+// Four of five neurons are 0, others at every token.
+TinySpec sparse() {
+  TinySpec s = larger();
+  s.more = "\"activation_threshold\": 0.95, ";
+  return s;
+}
+
+sr::ModelOptions by_gate(const Model& model, size_t budget) {
+  sr::ModelOptions o = model.options(budget, 0);
+  o.by_gate = true;
+  return o;
+}
+
+}  // namespace
+
+TEST_CASE("where gates choose, only what they leave is read, within the budget and with the tokens of the model in memory") {
+  Model model(sparse());
+  sr::ModelOptions o;
+  o.path = model.tiny.path();
+  o.threads = 2;
+  sr::Model whole(o);
+  sr::Session reference(whole, 256);
+  const auto expected = greedy(reference, 16);
+  const size_t budget = model.budget(0);
+  const sr::Model opened(by_gate(model, budget));
+  const sr::MemoryStats start = opened.memory();
+  CHECK_EQ(start.no_neurons, std::string());
+  CHECK(start.neuron_slots > 0);
+  CHECK(start.gates > 0 && start.gates < start.neurons);
+  CHECK(start.process + start.working + start.contexts + start.resident + start.ring + start.neurons <= budget);
+  sr::Session s(opened, 256);
+  CHECK(greedy(s, 16) == expected);
+  const sr::MemoryStats m = opened.memory();
+  CHECK_EQ(m.neuron_tokens, 16);
+  CHECK(m.neuron_hits > 0 && m.neuron_misses > 0);
+  CHECK(m.neuron_hits + m.neuron_misses < 16 * 12 * 4096 / 2);
+  // Lists instead of gates, and all neurons: streamed.
+  use_sets(s, 0.3);
+  use_sets(reference, 0.3);
+  CHECK(greedy(s, 8) == greedy(reference, 8));
+  s.set_neurons({}, false);
+  s.set_exact(false);
+  CHECK(greedy(s, 16) == expected);
+  CHECK_EQ(opened.memory().neuron_tokens, 16);
+  // Where all fits, nothing is read singly, and nothing is said.
+  const sr::MemoryStats roomy = sr::Model(by_gate(model, size_t(1) << 30)).memory();
+  CHECK_EQ(roomy.neuron_slots, 0);
+  CHECK_EQ(roomy.streamed, size_t(0));
+  CHECK_EQ(roomy.no_neurons, std::string());
+}
+
+TEST_CASE("an error, or a stall that is cancelled, in either file ends a generation in which gates choose, and the next one works") {
+  Model model(sparse());
+  const size_t budget = model.budget(0);
+  Faults faults;
+  sr::Model opened(by_gate(model, budget));
+  CHECK(opened.memory().neuron_slots > 0);
+  CHECK(opened.memory().gates_streamed > 0);
+  sr::Session s(opened, 256);
+  expect_faults_end_cleanly(s, *faults.neurons, "neurons.safetensors");
+  expect_faults_end_cleanly(s, *faults.weights, "weights.safetensors");
 }

@@ -35,6 +35,10 @@ struct ModelOptions {
   // will say which. Above 0, as many single neurons as fit stay in memory, and decoding reads no others than are missing
   // (where the model has a file of neurons: sparse-run convert --order). Prompts read the FFNs whole.
   double neuron_share = 0;
+  // Only with a budget, where neuron_share is 0: tokens will say by their gates which neurons they need (activations with true
+  // zeros, thresholds at site G). Gate rows are held and streamed first, and of the other neurons only those are read that are
+  // left and not in memory; from the same file.
+  bool by_gate = false;
   size_t aside_bytes = 0;     // and the most that he will set aside while nothing is computed
   // Bytes of weights read of those to read at the start; true stops it with Error(cancelled). From the calling thread.
   std::function<bool(size_t done, size_t total)> progress = nullptr;
@@ -51,6 +55,8 @@ struct MemoryStats {
   size_t ring = 0;             // weights that are read ahead
   size_t neurons = 0;          // single neurons, their tables included
   int64_t neuron_slots = 0;    // how many
+  size_t gates = 0;            // of `neurons`: gate rows that choose the others
+  size_t gates_streamed = 0;   // gate rows that every token reads which works from single neurons
   std::string no_neurons;      // why there are none where they were asked for
   size_t streamed = 0;         // weights that every pass reads; a pass is a token, or a block of a prompt
   int n_ctx = 0;               // tokens that all contexts may hold together

@@ -203,6 +203,7 @@ def _sparse(
             n_ctx=n_ctx,
             extra_bytes=wanted.extra_bytes,
             neuron_share=wanted.neuron_share,
+            by_gate=wanted.by_gate,
         )
         try:
             return bench_sparse(core, file, opening, gen=gen, reps=reps)
