@@ -40,7 +40,7 @@ int Model::Impl::plan_neurons(const ModelOptions& options, size_t room) {
   MemoryStats& m = planned;
   const NeuronStore* store = decoder.store();
   if (!store) return 0;
-  if (!decoder.plan_residency(room).streamed_bytes) {  // all weights stay
+  if (store->gates() && !decoder.plan_residency(room).streamed_bytes) {  // all weights stay
     decoder.drop_store();
     return 0;
   }
