@@ -302,6 +302,8 @@ class _Exclusive:
     def __enter__(self) -> None:
         session = self._session
         if not session._lock.acquire(blocking=False):
+            if self._generation is not None and self._generation.cancelled:  # by whoever is closing the session
+                raise Cancelled("cancelled")
             raise Error("this session is in use by another thread; open one session per thread with model.session()")
         with session._guard:
             session._computing = self._generation
