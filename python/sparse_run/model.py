@@ -93,7 +93,7 @@ class Model:
             self._tokenizer = tokenizer_within(budget, self.path)
             file, why = known(room_for, self.path)
             self._planned = (str(room_for), file, why)
-            wanted = needs(file, json.loads((self.path / "config.json").read_bytes()))
+            wanted = needs(file, json.loads((self.path / "config.json").read_bytes()), self.path)
         self._core: _core.Model | None = _core.Model(
             os.fspath(path),
             threads or 0,

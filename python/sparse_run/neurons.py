@@ -34,8 +34,8 @@ def gives_zeros(config: Mapping[str, Any]) -> bool:
 
 
 def known(choice: str | float | None, packed: Path) -> tuple[SparsityFile | None, str]:
-    """The file that `--sparsity` means, without running the model, and what "auto" has decided. Raises UsageError for a level that was not calibrated yet:
-    that takes memory which no budget foresees."""
+    """The file that `--sparsity` means, without running the model, and what "auto" has decided. Raises UsageError for a level
+    that was not calibrated yet: that takes memory which no budget foresees."""
     from .packed_header import read_header
     from .sparsity import find_auto, load, parse_level, path_of, resolve
 
@@ -58,10 +58,21 @@ def known(choice: str | float | None, packed: Path) -> tuple[SparsityFile | None
     return load(path, header), ""
 
 
-def needs(file: SparsityFile | None, config: Mapping[str, Any]) -> Needs:
-    """What decoding with a file, or without one, needs of a model. Arrays that the file holds already are in memory and not
-    counted again."""
-    zeros = gives_zeros(config)
+def zeros_pay(config: Mapping[str, Any], packed: Path) -> bool:
+    """Whether neurons that are exactly 0 are many enough to read the others one by one: they are taken to be, where nothing
+    was measured (`convert --order TEXT` and `info --measure TEXT` do)."""
+    from .registry import read_source
+
+    if not gives_zeros(config):
+        return False
+    measured = read_source(packed).get("natural_sparsity") or {}
+    return float(measured.get("ffn", 1.0)) >= _WORTHWHILE
+
+
+def needs(file: SparsityFile | None, config: Mapping[str, Any], packed: Path) -> Needs:
+    """What decoding with a file, or without one, needs of a packed model. Arrays that the file holds already are in memory and
+    not counted again."""
+    zeros = zeros_pay(config, packed)
     if file is None:
         return Needs(by_gate=zeros)
     n_layers, n_ff = int(config["n_layers"]), int(config["n_ff"])
@@ -83,4 +94,4 @@ def needs(file: SparsityFile | None, config: Mapping[str, Any]) -> Needs:
     return Needs(0.0, 4 * max(widths, most), by_gate=zeros or chosen)
 
 
-__all__ = ["Needs", "gives_zeros", "known", "needs"]
+__all__ = ["Needs", "gives_zeros", "known", "needs", "zeros_pay"]

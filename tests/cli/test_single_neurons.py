@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from sparse_run import _core, errors, sparsity
 from sparse_run.convert.neuron_file import NEURON_FILE, hot_first, write_neuron_file
-from sparse_run.neurons import known, needs
+from sparse_run.neurons import known, needs, zeros_pay
 from sparse_run.packed_header import read_header
 from sparse_run.predictors.coreinfer.selection import Choice
 from sparse_run.sparsity import SparsityFile
@@ -194,22 +194,26 @@ def test_convert_order_on_the_command_line(packed: Path, smollm2_packed: Path, r
     assert (folder / NEURON_FILE).stat().st_mtime_ns == before
 
 
-def test_needs_follow_from_the_file(packed: Path) -> None:
+def test_needs_follow_from_the_file(packed: Path, tmp_path: Path) -> None:
     header = read_header(packed)
     fixed, why = known("fixed", packed)
     assert fixed is not None and not why
-    assert needs(fixed, header.config).neuron_share == pytest.approx((28 * round(0.2 * 1536) + 2 * 1536) / (30 * 1536))
+    assert needs(fixed, header.config, packed).neuron_share == pytest.approx((28 * round(0.2 * 1536) + 2 * 1536) / (30 * 1536))
     predicted = known("predicted", packed)[0]
     assert predicted is not None
-    assert needs(predicted, header.config).neuron_share == 1.0
-    assert needs(predicted, header.config).extra_bytes > sum(a.nbytes for a in predicted.arrays.values())
+    assert needs(predicted, header.config, packed).neuron_share == 1.0
+    assert needs(predicted, header.config, packed).extra_bytes > sum(a.nbytes for a in predicted.arrays.values())
     gates = known("gates", packed)[0]
-    assert needs(gates, header.config).neuron_share == 0.0
-    assert not needs(gates, header.config).by_gate and not needs(None, header.config).by_gate
+    assert needs(gates, header.config, packed).neuron_share == 0.0
+    assert not needs(gates, header.config, packed).by_gate and not needs(None, header.config, packed).by_gate
     gates.levels = {"G": [0.9] * 30}
-    assert needs(gates, header.config).by_gate
+    assert needs(gates, header.config, packed).by_gate
     zeros = {**header.config, "activation": "relu"}
-    assert needs(None, zeros).by_gate and needs(fixed, zeros).neuron_share and not needs(fixed, zeros).by_gate
+    assert needs(None, zeros, packed).by_gate and needs(fixed, zeros, packed).neuron_share and not needs(fixed, zeros, packed).by_gate
+    record = tmp_path / "source.json"
+    for share, pays in ((0.95, True), (0.5, False)):  # as `convert --order TEXT` measures it
+        record.write_text(json.dumps({"natural_sparsity": {"ffn": share}}), "utf-8")
+        assert needs(None, zeros, tmp_path).by_gate is pays and not zeros_pay(header.config, tmp_path)
     assert known(None, packed) == known("off", packed) == (None, "")
     assert Choice.of(fixed.options).keep(1536) == 307
     with pytest.raises(errors.BudgetError):

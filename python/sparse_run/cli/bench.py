@@ -190,7 +190,7 @@ def _sparse(
             say(why)
         if file is None:
             return None
-        wanted = needs(file, header.config)
+        wanted = needs(file, header.config, header.path)
         # Two contexts, the dense one's and the sparse one's, each in whole huge pages.
         c = header.config
         token_bytes = 4 * int(c["n_layers"]) * int(c["n_kv_heads"]) * int(c["head_dim"])

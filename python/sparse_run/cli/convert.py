@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,10 +99,13 @@ def command(
     """
     from ..convert import convert
     from ..convert.describe import describe
+    from ..convert.measure import natural_sparsity
     from ..convert.neuron_file import NEURON_FILE, hot_first, write_neuron_file
     from ..convert.quantise import Quantisation
-    from ..convert.writer import is_packed
+    from ..convert.writer import add_to_record, is_packed
+    from ..neurons import gives_zeros
     from ..registry import find, packed_for, read_source
+    from ..tokenizer import Tokenizer
 
     quantisation = quality = None
     if bits is not None:
@@ -139,6 +143,10 @@ def command(
         if order is not None:
             hot = None if order_text is None else hot_first(packed, order_text, progress)
             write_neuron_file(packed, hot, progress)
+            if order_text is not None and gives_zeros(json.loads((packed / "config.json").read_bytes())):
+                # What a memory budget asks: whether single neurons are worth reading.
+                measured = natural_sparsity(packed, Tokenizer.load(packed), order_text, progress)
+                add_to_record(packed, "natural_sparsity", measured)
     facts = describe(packed)
     if as_json:
         record = read_source(packed)
