@@ -279,13 +279,13 @@ class Table:
         for task in self.args.tasks.split(","):
             questions = read_questions(Path(self.args.choice) / f"{task}.jsonl", task, self.args.questions)
             for begin in range(0, len(questions), BLOCK):
+                part = questions[begin : begin + BLOCK]
                 for row in [None, *presets]:
                     path = self.task_path(task, begin, row)
                     if path.exists():
                         continue
                     self.check_time()
                     layout = self.layouts[row.layout if row else "panels"]
-                    part = questions[begin : begin + BLOCK]
                     n_ctx = min(1024, int(layout.header.config["n_ctx_train"]))
                     plan = bind(row.file, layout.core) if row else None
                     found = score(layout.core, layout.tokenizer, part, task=task, n_ctx=n_ctx, plan=plan)
