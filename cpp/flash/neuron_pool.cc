@@ -317,10 +317,10 @@ void NeuronPool::begin_layer(int layer) {
   s.flagged[layer % 2].clear();
 }
 
-void NeuronPool::add(int layer, const int32_t* ids, int n, ReadPriority priority) {
+bool NeuronPool::add(int layer, const int32_t* ids, int n, ReadPriority priority) {
   Shared& s = *shared_;
   std::lock_guard<std::mutex> lock(s.mutex);
-  if (s.bad.load(std::memory_order_relaxed)) return;
+  if (s.bad.load(std::memory_order_relaxed)) return false;
   const size_t base = size_t(layer) * size_t(s.shape.neurons);
   std::vector<Wanted> wanted;
   uint8_t* missing = s.missing.data() + size_t(layer % 2) * size_t(s.shape.neurons);
@@ -337,7 +337,7 @@ void NeuronPool::add(int layer, const int32_t* ids, int n, ReadPriority priority
   }
   s.stats.hits += n - int64_t(wanted.size());
   s.stats.misses += int64_t(wanted.size());
-  if (wanted.empty()) return;
+  if (wanted.empty()) return true;
   for (Wanted& w : wanted) {
     w.slot = s.begin_loading(layer, int(w.record));
     SR_CHECK(w.slot >= 0);
@@ -347,6 +347,7 @@ void NeuronPool::add(int layer, const int32_t* ids, int n, ReadPriority priority
   std::sort(wanted.begin(), wanted.end(), [](const Wanted& a, const Wanted& b) { return a.record < b.record; });
   s.add_runs(layer, wanted, priority);
   pump(shared_);
+  return true;
 }
 
 bool NeuronPool::await(int layer, const std::function<bool()>* should_stop) {

@@ -54,8 +54,9 @@ class NeuronPool {
   // layers began stays.
   void begin_token();
   void begin_layer(int layer);
-  // From every thread, each neuron once: what the layer needs (ids null: the first n neurons) is on its way when this returns.
-  void add(int layer, const int32_t* ids, int n, ReadPriority priority);
+  // From every thread, each neuron once: what the layer needs (ids null: the first n neurons) is on its way when this returns
+  // true; false: a read of this token has failed before, and nothing was asked for.
+  bool add(int layer, const int32_t* ids, int n, ReadPriority priority);
   void request(int layer, const int32_t* ids, int n, ReadPriority priority) {
     begin_layer(layer);
     add(layer, ids, n, priority);

@@ -97,6 +97,7 @@ bool Decoder::await_neurons(int tid, const Pass& pass, int layer) {
 // This thread's neurons: first those that are in memory, while the others are read.
 void Decoder::decode_stored(int tid, const Pass& pass, int layer) {
   if (store_->gates()) return decode_by_gate(tid, pass, layer);
+  if (store_->pool().failed()) return;  // perhaps before this layer's neurons were asked for
   NeuronShare share = neuron_share(tid, pass, layer, 0, config_.n_ff);
   if (share.list) {
     const NeuronPool& pool = store_->pool();
@@ -151,7 +152,7 @@ void Decoder::decode_by_gate(int tid, const Pass& pass, int layer) {
         own.ids[size_t(kept)] = k;
         kept += !(std::fabs(gate[k]) <= (threshold ? threshold.of(k) : 0.0f));  // what is not a number is kept
       }
-      pool.add(layer, own.ids.data() + before, kept - before, ReadPriority::miss);
+      whole = pool.add(layer, own.ids.data() + before, kept - before, ReadPriority::miss) && whole;
       offered += end - begin;
     }
     gates.done(s);

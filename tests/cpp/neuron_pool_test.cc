@@ -224,6 +224,8 @@ TEST_CASE("a token that cannot be read fails with the file's name, and the next 
       rig.pool->request(l, ids.data(), int(ids.size()), ReadPriority::miss);
       good = rig.pool->await(l, &kNever);
     }
+    const int more = 7;
+    CHECK(rig.pool->add(2, &more, 0, ReadPriority::miss) == good);  // nothing is asked for any more, and that is said
     const std::string error = rig.pool->end_token();
     CHECK(good == error.empty());
     if (round == 0) CHECK(error.find("cannot read") == 0);
