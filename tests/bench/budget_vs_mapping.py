@@ -163,7 +163,7 @@ def main() -> int:
         if not args.packed.is_dir():
             say("converting")
             convert = [sys.executable, "-m", "sparse_run", "convert", str(args.model), str(args.packed), "-q"]
-            subprocess.run(convert, check=True)
+            subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
         size, weights = args.model.stat().st_size, args.packed / "weights.safetensors"
         results = [measure(args, percent, size, weights) for percent in args.budgets]
         head = {"schema": 1, "model": args.model.name, "file_bytes": size, "machine": machine(), "threads": args.threads}
