@@ -29,6 +29,12 @@ class ByteSource {
   virtual std::string changed() const = 0;
 };
 
+// The same as an error's text, which names the file.
+inline std::string change_of(const ByteSource& source) {
+  const std::string what = source.changed();
+  return what.empty() ? what : source.path() + " " + what + " since the model was opened";
+}
+
 // Opens a file; Error(model) names it and says why not. Direct where the file system can, else plain.
 std::shared_ptr<ByteSource> open_direct(const std::string& path);
 

@@ -13,8 +13,6 @@
 namespace sr {
 namespace {
 
-constexpr int kReaders = 4;
-constexpr size_t kReadUnit = size_t(1) << 20;
 constexpr size_t kHugePage = size_t(2) << 20;
 // What no counter sees: the heap of a running program, stacks, page tables, memory that the kernel holds for us.
 constexpr size_t kReserve = size_t(3) << 20;

@@ -12,6 +12,10 @@
 
 namespace sr {
 
+// Under a memory budget: readers of a file, and bytes that one of them reads at once.
+constexpr int kReaders = 4;
+constexpr size_t kReadUnit = size_t(1) << 20;
+
 struct Model::Impl {
   // A session's part of a budget's memory for contexts; nothing without a budget.
   class ContextRoom {

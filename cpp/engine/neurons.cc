@@ -10,8 +10,6 @@
 namespace sr {
 namespace {
 
-constexpr int kReaders = 4;
-constexpr size_t kReadUnit = size_t(1) << 20;
 // Of all neurons: what is worth a slot where gates choose. Below it a slot saves reads of its own, beyond it the same memory
 // saves more as gate rows, of which long reads are made (README.md).
 constexpr double kSurvivors = 0.25;

@@ -1,16 +1,13 @@
 // The first half of an FFN, input to z = act(gate) * up, where the weights lie by neuron: which neurons' rows are read.
 // A neuron that is left out has z = 0, so the columns of down that it would multiply are left out with it.
 #include <algorithm>
-#include <cmath>
 
 #include "model/decoder.h"
 #include "model/decoder_buffers.h"
+#include "model/row_ops.h"
 
 namespace sr {
 namespace {
-
-// Whether a neuron is kept: |g| above its threshold. What is not a number is kept, not hidden.
-inline bool survives(float g, float threshold) { return !(std::fabs(g) <= threshold); }
 
 // z = gate * up where the gate exceeds its threshold, else 0, of neurons that stand side by side; how many exceed it.
 // STRIDE is the threshold's. Without branches, so that the compiler takes several at once.

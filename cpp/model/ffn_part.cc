@@ -89,25 +89,6 @@ PanelMatrix take_columns(const PanelMatrix& m, const std::vector<int>& units,
   return out;
 }
 
-// A Linear of these parts.
-Linear linear_of(std::vector<PanelMatrix> parts, const float* bias) {
-  Linear w;
-  w.parts = std::move(parts);
-  w.cols = w.parts.front().cols;
-  w.bias = bias;
-  w.tile_begin.push_back(0);
-  w.row_begin.push_back(0);
-  for (const PanelMatrix& p : w.parts) {
-    w.tile_begin.push_back(w.tile_begin.back() + p.tiles());
-    w.row_begin.push_back(w.row_begin.back() + p.rows);
-    (is_quantised(p.kind) ? w.quantised : w.floating) = true;
-    w.bytes += p.total_bytes();
-  }
-  w.rows = w.row_begin.back();
-  if (bias) w.bytes += size_t(w.rows) * sizeof(float);
-  return w;
-}
-
 }  // namespace
 
 FfnPart::FfnPart(const LayerWeights& whole, const std::vector<int>& units, bool bias) : weights_(whole), units_(units) {

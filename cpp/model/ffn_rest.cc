@@ -2,7 +2,6 @@
 #include "model/ffn_rest.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "model/decoder_buffers.h"
@@ -13,16 +12,6 @@ namespace {
 
 constexpr const char* kWhat = "the FFNs on the CPU";
 constexpr float kNeuronBreakEven = 0.85f;  // of rows that are not short, as model/skipping.cc has it
-
-bool survives(float g, const Thresholds& threshold, int id) {
-  return !(std::fabs(g) <= (threshold ? threshold.of(id) : 0.0f));
-}
-
-std::vector<int> even_shares(int count, int threads) {
-  std::vector<int> share;
-  for (int t = 0; t <= threads; t++) share.push_back(int(int64_t(count) * t / threads));
-  return share;
-}
 
 }  // namespace
 
@@ -42,9 +31,9 @@ void FfnRest::add(int layer, FfnPart part) {
   made.part = std::move(part);
   const LayerWeights& w = made.weights();
   const int threads = pool_.size(), step = config_.ffn_gated ? 2 : 1;
-  made.units = even_shares(made.neurons() / kTileRows, threads);
+  made.units = even_share(0, made.neurons() / kTileRows, threads, 1);
   for (int unit : made.units) made.in_share.push_back(unit * step);
-  made.down_share = even_shares(w.ffn_down.tiles(), threads);
+  made.down_share = even_share(0, w.ffn_down.tiles(), threads, 1);
   made.kept_share.assign(size_t(threads), 1.0f);
   size_t scratch = w.ffn_rows ? rows_scratch_bytes(w.ffn_rows.m) : 0;
   for (const Linear* m : {&w.ffn_in, &w.ffn_down}) {
@@ -171,7 +160,7 @@ void FfnRest::one_by_neuron(int tid, const Job& job) {
   int kept = 0;
   for (int i = begin; i < end; i++) {
     z[i] = 0;
-    if (survives(gate[i], threshold, i)) ids[kept++] = i;
+    if (survives(gate[i], threshold ? threshold.of(i) : 0.0f)) ids[kept++] = i;
   }
   *last_kept = float(kept) / float(end - begin);
   t.kept.gate = kept;
@@ -236,7 +225,7 @@ void FfnRest::block_unit(Thread& t, const Job& job, int unit) {
     activate(config_, gate, nullptr, kTileRows, gate);
     activate_up(config_, up, kTileRows);
     for (int k = 0; k < kTileRows; k++) {
-      const bool keep = survives(gate[k], job.masks->gate, first + k);
+      const bool keep = survives(gate[k], job.masks->gate.of(first + k));
       z[k] = keep ? gate[k] * up[k] : 0.0f;
       t.kept.gate += keep;
     }

@@ -78,15 +78,6 @@ std::vector<Matrix> matrices(DecoderWeights* w) {
   return all;
 }
 
-std::vector<int> even_share(int tile_begin, int tile_end, int threads, int tiles_per_unit) {
-  const int units = (tile_end - tile_begin + tiles_per_unit - 1) / tiles_per_unit;
-  std::vector<int> share;
-  for (int t = 0; t <= threads; t++) {
-    share.push_back(std::min(tile_begin + units * t / threads * tiles_per_unit, tile_end));
-  }
-  return share;
-}
-
 // Where the stream's address of a unit is to be put.
 struct Streamed {
   const uint8_t** data;
@@ -150,12 +141,9 @@ void cut(const Matrix& m, int resident, int threads, size_t unit_bytes, const ui
   if (unit_of.back() < 0) return;  // all of it stays
   Linear& w = *m.w;
   w.parts = parts;
-  w.tile_begin.assign(1, 0);
-  w.row_begin.assign(1, 0);
+  number_parts(&w);
   w.slices.clear();
   for (size_t i = 0; i < parts.size(); i++) {
-    w.tile_begin.push_back(w.tile_begin.back() + parts[i].tiles());
-    w.row_begin.push_back(w.row_begin.back() + parts[i].rows);
     if (unit_of[i] < 0) continue;
     const int begin = w.tile_begin[i], end = w.tile_begin[i + 1];
     if (w.slices.empty() && begin > 0) {
@@ -398,8 +386,7 @@ void FlashWeights::begin_pass() {
 std::string FlashWeights::end_pass() {
   std::string error = stream_ ? stream_->end_pass() : std::string();
   if (error.empty() && (stream_ || panel_)) {
-    const std::string changed = queue_->source().changed();
-    if (!changed.empty()) error = queue_->source().path() + " " + changed + " since the model was opened";
+    error = change_of(queue_->source());
   }
   return error;
 }

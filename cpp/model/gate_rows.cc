@@ -57,9 +57,7 @@ void GateRows::open(int64_t blocks, int threads, std::shared_ptr<ReadQueue> queu
   for (size_t l = 0; l < layers_.size(); l++) {
     Layer& layer = layers_[l];
     const auto add = [&](int begin, int end, int unit) {
-      std::vector<int> share;
-      for (int t = 0; t <= threads; t++) share.push_back(begin + (end - begin) * t / threads);
-      layer.slices.push_back({begin, end, unit, std::move(share)});
+      layer.slices.push_back({begin, end, unit, even_share(begin, end, threads, 1)});
       layer.places.push_back(form_);
     };
     const int kept = resident_of(int(l));
@@ -96,9 +94,7 @@ void GateRows::open(int64_t blocks, int threads, std::shared_ptr<ReadQueue> queu
 std::string GateRows::end_pass() {
   if (!stream_) return "";
   std::string error = stream_->end_pass();
-  const std::string what = queue_->source().changed();
-  if (error.empty() && !what.empty()) error = queue_->source().path() + " " + what + " since the model was opened";
-  return error;
+  return error.empty() ? change_of(queue_->source()) : error;
 }
 
 }  // namespace sr

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "format/packed_model.h"
 #include "sparse_run/error.h"
@@ -101,25 +102,40 @@ int Linear::output_index(int row) const {
   return tile_begin[p] * kTileRows + row - row_begin[p];
 }
 
-Linear load_linear(const PackedModel& model, const std::string& name, int rows, int cols, int unit) {
+void number_parts(Linear* w) {
+  w->tile_begin.assign(1, 0);
+  w->row_begin.assign(1, 0);
+  for (const PanelMatrix& p : w->parts) {
+    w->tile_begin.push_back(w->tile_begin.back() + p.tiles());
+    w->row_begin.push_back(w->row_begin.back() + p.rows);
+  }
+}
+
+Linear linear_of(std::vector<PanelMatrix> parts, const float* bias) {
   Linear w;
-  w.rows = rows;
-  w.cols = cols;
-  w.parts = model.matrix(name, rows, cols);
-  w.tile_begin.push_back(0);
-  w.row_begin.push_back(0);
+  w.parts = std::move(parts);
+  w.bias = bias;
+  number_parts(&w);
   for (const PanelMatrix& p : w.parts) {
-    w.tile_begin.push_back(w.tile_begin.back() + p.tiles());
-    w.row_begin.push_back(w.row_begin.back() + p.rows);
     (is_quantised(p.kind) ? w.quantised : w.floating) = true;
     w.bytes += p.total_bytes();
-    if (w.row_begin.back() != rows && w.row_begin.back() % unit) {
+  }
+  w.rows = w.row_begin.back();
+  w.cols = w.parts.front().cols;
+  if (bias) w.bytes += size_t(w.rows) * sizeof(float);
+  return w;
+}
+
+Linear load_linear(const PackedModel& model, const std::string& name, int rows, int cols, int unit) {
+  std::vector<PanelMatrix> parts = model.matrix(name, rows, cols);
+  int end = 0;
+  for (const PanelMatrix& p : parts) {
+    end += p.rows;
+    if (end != rows && end % unit) {
       model.weights().damaged("a part of " + name + " does not end at a multiple of " + std::to_string(unit) + " rows");
     }
   }
-  w.bias = model.vector(name + ".bias", {rows}, false);
-  if (w.bias) w.bytes += size_t(rows) * sizeof(float);
-  return w;
+  return linear_of(std::move(parts), model.vector(name + ".bias", {rows}, false));
 }
 
 float break_even_by_shape(const Linear& w) {
@@ -158,6 +174,15 @@ void set_shares(Linear* w, int threads, int tiles_per_unit) {
     w->share.push_back(std::max(border, w->share.back()));
   }
   w->share.push_back(w->tiles());
+}
+
+std::vector<int> even_share(int tile_begin, int tile_end, int threads, int tiles_per_unit) {
+  const int units = (tile_end - tile_begin + tiles_per_unit - 1) / tiles_per_unit;
+  std::vector<int> share;
+  for (int t = 0; t <= threads; t++) {
+    share.push_back(std::min(tile_begin + units * t / threads * tiles_per_unit, tile_end));
+  }
+  return share;
 }
 
 namespace {

@@ -84,12 +84,20 @@ struct Linear {
 // Reads NAME and NAME.bias. `unit` rows must not be split between two parts (a head, or a tile).
 Linear load_linear(const PackedModel& model, const std::string& name, int rows, int cols, int unit);
 
+// The same of parts that are at hand; bias [rows] or null.
+Linear linear_of(std::vector<PanelMatrix> parts, const float* bias);
+// Sets tile_begin and row_begin from the parts.
+void number_parts(Linear* w);
+
 // Share of kept columns above which skipping the others is not expected to pay, where it was not measured: short runs
 // of weights are read no faster for gaps between them (cpp/kernels/README.md).
 float break_even_by_shape(const Linear& w);
 
 // Sets share for this many threads, in units of `tiles_per_unit` tiles.
 void set_shares(Linear* w, int threads, int tiles_per_unit);
+
+// Tiles [tile_begin, tile_end) shared out evenly, whatever they weigh: [threads + 1].
+std::vector<int> even_share(int tile_begin, int tile_end, int threads, int tiles_per_unit);
 
 // y[output_index(r)] = W x + bias for the rows of tiles [tile_begin, tile_end).
 void gemv(const Linear& w, const Input& x, int tile_begin, int tile_end, float* y);

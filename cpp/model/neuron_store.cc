@@ -127,9 +127,7 @@ void NeuronStore::begin_token() {
 std::string NeuronStore::end_token() {
   std::string error = pool_->end_token(), of_gates = gates_ ? gates_->end_pass() : std::string();
   if (error.empty()) error = std::move(of_gates);
-  const std::string what = source_->changed();
-  if (error.empty() && !what.empty()) error = source_->path() + " " + what + " since the model was opened";
-  return error;
+  return error.empty() ? change_of(*source_) : error;
 }
 
 void NeuronStore::rows(const NeuronRows& w, int layer, const InputBuffer& x, const int32_t* ids, int begin, int end,

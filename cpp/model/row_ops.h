@@ -1,6 +1,8 @@
 // Operations on one row of activations that depend on nothing but the model's configuration.
 #pragma once
 
+#include <cmath>
+
 #include "model/weights.h"
 
 namespace sr {
@@ -10,6 +12,9 @@ inline bool has_true_zeros(const DecoderConfig& c) {
   return c.activation == Activation::relu || c.activation == Activation::relu2 || c.activation_threshold > 0 ||
          c.up_relu;
 }
+
+// Whether a neuron is kept: |g| above its threshold. What is not a number is kept, not hidden.
+inline bool survives(float g, float threshold) { return !(std::fabs(g) <= threshold); }
 
 // x and out may be the same; without a norm, x is copied.
 void norm_row(const DecoderConfig& config, const Norm& norm, const float* x, int n, float* out);

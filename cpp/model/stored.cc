@@ -2,10 +2,10 @@
 // and layers of which all neurons are needed), or after its attention (predictors, which run beside it), and is read meanwhile;
 // where gates choose, as soon as a slice of their rows is multiplied.
 #include <algorithm>
-#include <cmath>
 
 #include "model/decoder.h"
 #include "model/decoder_buffers.h"
+#include "model/row_ops.h"
 
 namespace sr {
 
@@ -150,7 +150,7 @@ void Decoder::decode_by_gate(int tid, const Pass& pass, int layer) {
       std::fill(z + begin, z + end, 0.0f);
       for (int k = begin; k < end; k++) {
         own.ids[size_t(kept)] = k;
-        kept += !(std::fabs(gate[k]) <= (threshold ? threshold.of(k) : 0.0f));  // what is not a number is kept
+        kept += survives(gate[k], threshold ? threshold.of(k) : 0.0f);
       }
       whole = pool.add(layer, own.ids.data() + before, kept - before, ReadPriority::miss) && whole;
       offered += end - begin;
