@@ -278,6 +278,8 @@ class Calibration(abc.ABC):
 
         if self._dense_nll is None:
             self._dense_nll = self.stage("dense", key, dense)["nll"]
+        if self.is_dense(allocation, target):
+            return self._dense_nll, self._dense_nll
         nll = self.stage("sparse", [*key, allocation, target, self.stamp(allocation, target)], sparse)["nll"]
         return self._dense_nll, nll
 

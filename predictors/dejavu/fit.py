@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
+from ...neurons import gives_zeros
 from ...packed_header import SITES, PackedHeader
 from ...sparsity import SparsityFile
 from ..common import corpus
 from ..common.calibration import bytes_per_token
 from ..common.measure import speed
 from . import predictor as low_rank
-from .traces import ENERGY, HEAD_SHARE, LayerTrace, has_true_zeros, traces
+from .traces import ENERGY, HEAD_SHARE, LayerTrace, traces
 from .train import load_torch, train_low_rank
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Fit:
         """text: what to trace besides the model's own text. Raises UsageError where PyTorch is missing."""
         load_torch()
         self.model, self.tokenizer, self.header, self.options = model, tokenizer, header, options
-        self.true_zeros = has_true_zeros(header.config)
+        self.true_zeros = gives_zeros(header.config)
         self.ctx = min(options.ctx, int(header.config["n_ctx_train"]))
         self.n_embd, self.n_ff = int(header.config["n_embd"]), int(header.config["n_ff"])
         self.rank = rank_for(self.n_embd, options.rank)

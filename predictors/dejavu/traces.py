@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...neurons import gives_zeros
 from ..common.layers import Stream
 
 if TYPE_CHECKING:
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 
 ENERGY = 0.9  # of sum z^2 that the active neurons of a model without true zeros hold together
 HEAD_SHARE = 0.5  # of the heads that count as needed: those of the largest output
-
-
-def has_true_zeros(config: dict[str, Any]) -> bool:
-    """Whether the FFN's activation makes exact zeros (ReLU, ReLU squared, FATReLU), so that predicting is worth it."""
-    return str(config["activation"]) in ("relu", "relu2") or bool(config.get("activation_threshold"))
 
 
 def active_neurons(z: NDArray[np.float32], true_zeros: bool) -> NDArray[np.bool_]:
@@ -91,7 +87,7 @@ def traces(
     import numpy as np
 
     stream = Stream(model, chunks)
-    true_zeros, n_heads = has_true_zeros(config), int(config["n_heads"])
+    true_zeros, n_heads = gives_zeros(config), int(config["n_heads"])
     rows = chunks.shape[1] - drop
     held = np.repeat(held_chunks, rows)
     first = np.zeros(len(held), bool)

@@ -30,7 +30,7 @@ class Needs:
 def gives_zeros(config: Mapping[str, Any]) -> bool:
     """Whether a model's activation makes neurons exactly 0, which decoding then leaves out."""
     relu = config.get("activation") in ("relu", "relu2")
-    return relu or float(config.get("activation_threshold", 0)) > 0 or bool(config.get("up_relu", False))
+    return relu or float(config.get("activation_threshold") or 0) > 0 or bool(config.get("up_relu"))
 
 
 def known(choice: str | float | None, packed: Path) -> tuple[SparsityFile | None, str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ..neurons import gives_zeros
 from .codes import SLAB_COLS, TILE_ROWS, Form
 
 ALIGNMENT = 4096
@@ -26,8 +27,7 @@ LAYOUTS: tuple[LayoutChoice, ...] = get_args(LayoutChoice)
 def by_neuron(choice: LayoutChoice, config: Mapping[str, Any]) -> bool:
     """Whether a model's FFN inputs are stored by neuron. `auto`: where the activation gives exact zeros (ReLU, its square,
     FATReLU, dReLU), so that the rows of neurons that are 0 can be passed over."""
-    zeros = config.get("activation") in ("relu", "relu2") or config.get("activation_threshold") or config.get("up_relu")
-    return choice == "neurons" or (choice == "auto" and bool(zeros))
+    return choice == "neurons" or (choice == "auto" and gives_zeros(config))
 
 
 def round_up(value: int, multiple: int) -> int:
