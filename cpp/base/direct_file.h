@@ -41,8 +41,9 @@ std::shared_ptr<ByteSource> open_direct(const std::string& path);
 // Every source that open_direct makes goes through `wrap` from now on; null ends that. For tests.
 void wrap_sources(std::function<std::shared_ptr<ByteSource>(std::shared_ptr<ByteSource>)> wrap);
 
-// Reads [offset, offset + bytes), all aligned, into `to`: short reads go on, interrupted ones begin again, the end of the
-// file may fall into the last 4096 bytes. Gives up between reads when *stop. Returns the empty text, or what went wrong.
+// Reads [offset, offset + bytes), all aligned, into `to`: short reads go on, interrupted ones begin again, the end of
+// the file may fall into the last 4096 bytes. Gives up between reads when *stop. Returns the empty text, or what went
+// wrong.
 std::string read_fully(ByteSource& source, void* to, size_t bytes, uint64_t offset,
                        const std::atomic<bool>* stop = nullptr);
 

@@ -1,6 +1,6 @@
 // A whole file as read-only memory: mapped, so that its pages are shared with the page cache and start-up is immediate,
-// or copied into huge pages, which are read about 15-30% faster (cpp/README.md), or address space that is filled piece by
-// piece, where a memory budget leaves no room for all of it.
+// or copied into huge pages, which are read about 15-30% faster (cpp/README.md), or address space that is filled piece
+// by piece, where a memory budget leaves no room for all of it.
 #pragma once
 
 #include <cstddef>

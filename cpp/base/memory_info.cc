@@ -43,8 +43,8 @@ double room_in(const std::string& dir, const char* limit, const char* usage, con
   return std::max(0.0, most - used + cache);
 }
 
-// The smallest room, or the smallest limit, on the way from this process's memory cgroup to the root, v1 or v2; -1 for no
-// limit.
+// The smallest room, or the smallest limit, on the way from this process's memory cgroup to the root, v1 or v2; -1 for
+// no limit.
 double cgroup_least(bool limits) {
   double best = -1;
   std::ifstream in("/proc/self/cgroup");

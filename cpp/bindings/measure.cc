@@ -43,7 +43,8 @@ class MemoryBench {
     PanelMatrix shape;
     shape.kind = weight_kind_from_name(kind);
     if (!is_quantised(shape.kind)) throw Error(ErrorCode::usage, "columns of kind " + kind + " are not skipped");
-    if (group != 32 && group != 16) throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
+    if (group != 32 && group != 16)
+      throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
     shape.group = int(group);
     shape.has_min = has_min;
     shape.rows = in_range("rows", rows, 1, kMaxSide);
@@ -83,8 +84,8 @@ void bind_measure(py::module_& m) {
             d["sparse_bytes"] = t.sparse_bytes;
             return d;
           },
-          py::arg("kind"), py::arg("group"), py::arg("has_min"), py::arg("rows"), py::arg("cols"), py::arg("panel_rows"),
-          py::arg("density"));
+          py::arg("kind"), py::arg("group"), py::arg("has_min"), py::arg("rows"), py::arg("cols"),
+          py::arg("panel_rows"), py::arg("density"));
 }
 
 }  // namespace sr

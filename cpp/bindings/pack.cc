@@ -191,7 +191,8 @@ py::tuple quantise_rows_py(const py::array& values_in, const std::string& kind, 
                            const py::object& importance_in) {
   const WeightKind k = weight_kind_from_name(kind);
   if (!is_quantised(k)) throw Error(ErrorCode::usage, kind + " is not a quantised kind");
-  if (group < 16 || group > 128 || group % 16) throw Error(ErrorCode::usage, "group must be a multiple of 16 up to 128");
+  if (group < 16 || group > 128 || group % 16)
+    throw Error(ErrorCode::usage, "group must be a multiple of 16 up to 128");
   const py::array values = checked_array(values_in, 'f', 4, 2, "values");
   const py::ssize_t rows = values.shape(0), cols = values.shape(1), groups = (cols + group - 1) / group;
   if (rows < 1 || rows > kMaxSide || cols < 1 || cols > kMaxSide) {
@@ -236,7 +237,8 @@ void bind_pack(py::module_& m) {
   m.def("pack_panel_float", &pack_panel_float_py, py::arg("kind"), py::arg("values"),
         "One float panel (up to 64 rows), values [rows, cols].");
   m.def("quantise_rows", &quantise_rows_py, py::arg("values"), py::arg("kind"), py::arg("group"), py::arg("has_min"),
-        py::arg("importance").none(true) = py::none(), "Weights [rows, cols] to codes, scales and minima; see _core.pyi.");
+        py::arg("importance").none(true) = py::none(),
+        "Weights [rows, cols] to codes, scales and minima; see _core.pyi.");
   m.def("unpack_panel", &unpack_panel_py, py::arg("kind"), py::arg("data"), py::arg("rows"), py::arg("cols"),
         py::arg("group"), py::arg("has_min"), "The weights of one panel, [rows, cols].");
   m.def("neuron_bytes", &neuron_bytes_py, py::arg("kind"), py::arg("neurons"), py::arg("cols"), py::arg("group"),

@@ -10,7 +10,8 @@ namespace sr {
 
 void bind_sparsity(py::module_& m) {
   py::class_<Sparsity>(m, "Sparsity", "Thresholds at the sites A, O, M, Z and G of every layer, bound to one model.")
-      .def(py::init([](const PyModel& model, const py::dict& thresholds, int dense_tokens, const py::object& break_even) {
+      .def(py::init([](const PyModel& model, const py::dict& thresholds, int dense_tokens,
+                       const py::object& break_even) {
              auto plan = std::make_unique<Sparsity>(model.get(), dense_tokens);
              if (py::isinstance<py::dict>(break_even)) {
                for (const auto& item : break_even.cast<py::dict>())

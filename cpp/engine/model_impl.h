@@ -50,8 +50,8 @@ struct Model::Impl {
  private:
   void open_within_budget(const ModelOptions& options);
   void count(MemoryStats* m) const;  // what reads have come to; queue_depth is the sum, not the mean
-  // Single neurons (neurons.cc): whether there can be any; how many, with so many bytes for all weights; and their part of
-  // the statistics.
+  // Single neurons (neurons.cc): whether there can be any; how many, with so many bytes for all weights; and their part
+  // of the statistics.
   void prepare_neurons(const ModelOptions& options);
   int plan_neurons(const ModelOptions& options, size_t room);
   void open_neurons(const ModelOptions& options, int slots);

@@ -10,8 +10,8 @@
 namespace sr {
 namespace {
 
-// Of all neurons: what is worth a slot where gates choose. Below it a slot saves reads of its own, beyond it the same memory
-// saves more as gate rows, of which long reads are made (README.md).
+// Of all neurons: what is worth a slot where gates choose. Below it a slot saves reads of its own, beyond it the same
+// memory saves more as gate rows, of which long reads are made (README.md).
 constexpr double kSurvivors = 0.25;
 
 }  // namespace
@@ -31,9 +31,9 @@ void Model::Impl::prepare_neurons(const ModelOptions& options) {
   if (!m.no_neurons.empty()) decoder.drop_store();
 }
 
-// As many slots as the neurons that are needed, or as fit beside attention and head, which no FFN should drive out. Where
-// gates choose: slots for what one token is likely to need, because reading neurons one by one costs most; then gate rows,
-// which every token needs; then more slots.
+// As many slots as the neurons that are needed, or as fit beside attention and head, which no FFN should drive out.
+// Where gates choose: slots for what one token is likely to need, because reading neurons one by one costs most; then
+// gate rows, which every token needs; then more slots.
 int Model::Impl::plan_neurons(const ModelOptions& options, size_t room) {
   MemoryStats& m = planned;
   const NeuronStore* store = decoder.store();

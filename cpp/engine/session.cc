@@ -216,8 +216,8 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
 
 int32_t Session::Impl::sample(Sampler* sampler) {
   need_logits();
-  const int32_t token = best >= 0 && sampler->greedy() ? best
-                                                       : sampler->sample(logits_here(), model->decoder.config().n_vocab);
+  const int32_t token =
+      best >= 0 && sampler->greedy() ? best : sampler->sample(logits_here(), model->decoder.config().n_vocab);
   sampler->accept(token);
   return token;
 }

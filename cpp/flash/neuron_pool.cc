@@ -107,8 +107,8 @@ struct NeuronPool::Shared {
   }
 
   // A slot for something new. The one that was used longest ago goes, unless it was used often: then it gets another
-  // turn. Where even that one was used since this layer's last turn, more is needed than fits, and what this token has read
-  // for earlier layers goes first: otherwise everything would go shortly before its next use.
+  // turn. Where even that one was used since this layer's last turn, more is needed than fits, and what this token has
+  // read for earlier layers goes first: otherwise everything would go shortly before its next use.
   int32_t take() {
     if (vacant.empty()) {
       int32_t out = -1;

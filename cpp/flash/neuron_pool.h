@@ -1,5 +1,5 @@
-// Single neurons of all layers in memory: slots that are filled from records of a file as tokens need them, and given to
-// others by last use and frequency.
+// Single neurons of all layers in memory: slots that are filled from records of a file as tokens need them, and given
+// to others by last use and frequency.
 #pragma once
 
 #include <cstdint>
@@ -27,15 +27,18 @@ class NeuronPool {
     size_t stride = 0;              // bytes from a record to the next one
     size_t bytes = 0;               // of a record
     std::vector<uint64_t> offsets;  // of the file, by layer: where its first record begins
-    const uint32_t* positions = nullptr;  // [layers, neurons] which record of its layer a neuron is; lives as long as readers
-    int held = 2;  // layers whose neurons stay, the last one asked for included: 2 where it is asked for while one is computed
+    // [layers, neurons] which record of its layer a neuron is; lives as long as readers
+    const uint32_t* positions = nullptr;
+    // Layers whose neurons stay, the last one asked for included: 2 where it is asked for while one is computed.
+    int held = 2;
     size_t gap = size_t(16) << 10;  // bytes that nobody asked for and that are read through at most
   };
-  // Puts a record into a slot; called by readers, for slots that nobody else looks at. Must keep alive what it writes to.
+  // Puts a record into a slot; called by readers, for slots that nobody else looks at. Must keep alive what it writes
+  // to.
   using Place = std::function<void(int slot, const uint8_t* record)>;
 
-  // slots >= least_slots: all neurons of the layers that are held, and what an earlier token that was given up has left in
-  // progress.
+  // slots >= least_slots: all neurons of the layers that are held, and what an earlier token that was given up has left
+  // in progress.
   NeuronPool(std::shared_ptr<ReadQueue> queue, const Shape& shape, int slots, Place place, std::shared_ptr<void> keep);
   ~NeuronPool();
   NeuronPool(const NeuronPool&) = delete;
@@ -54,8 +57,8 @@ class NeuronPool {
   // layers began stays.
   void begin_token();
   void begin_layer(int layer);
-  // From every thread, each neuron once: what the layer needs (ids null: the first n neurons) is on its way when this returns
-  // true; false: a read of this token has failed before, and nothing was asked for.
+  // From every thread, each neuron once: what the layer needs (ids null: the first n neurons) is on its way when this
+  // returns true; false: a read of this token has failed before, and nothing was asked for.
   bool add(int layer, const int32_t* ids, int n, ReadPriority priority);
   void request(int layer, const int32_t* ids, int n, ReadPriority priority) {
     begin_layer(layer);

@@ -14,7 +14,8 @@ class ReadGroup {
   explicit ReadGroup(ReadQueue* queue);
   // `keep` lives until the read has ended.
   void submit(uint64_t offset, size_t bytes, uint8_t* to, std::shared_ptr<void> keep);
-  // Waits for all of them. Returns why one failed, "cancelled" when should_stop, asked every 20 ms, said so, or the empty text.
+  // Waits for all of them. Returns why one failed, "cancelled" when should_stop, asked every 20 ms, said so, or the
+  // empty text.
   std::string wait(const std::function<bool()>& should_stop);
 
  private:

@@ -1,5 +1,5 @@
-// Readers take units from the oldest job of the higher priority. What they share outlives the queue, so that a read that
-// hangs in the kernel cannot keep the program from ending.
+// Readers take units from the oldest job of the higher priority. What they share outlives the queue, so that a read
+// that hangs in the kernel cannot keep the program from ending.
 #include "flash/read_queue.h"
 
 #include <algorithm>

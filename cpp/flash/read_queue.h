@@ -32,15 +32,16 @@ struct ReadStats {
   int64_t bytes = 0;
   int64_t failed = 0;       // jobs
   double busy_seconds = 0;  // during which at least one read was in progress
-  double depth_seconds = 0; // the same, weighted with the number in progress: divided by busy_seconds, the queue's depth
+  // The same, weighted with the number in progress: divided by busy_seconds, the queue's depth.
+  double depth_seconds = 0;
 };
 
 class ReadQueue {
  public:
   // readers >= 1 threads; `unit` bytes at most in one read. Throws Error(runtime) when the system gives no thread.
   ReadQueue(std::shared_ptr<ByteSource> source, int readers, size_t unit);
-  // What has not begun is dropped without a call of `done`; what has is given a moment. A read that a stalled disk holds
-  // longer ends by itself; it keeps what `done` holds alive.
+  // What has not begun is dropped without a call of `done`; what has is given a moment. A read that a stalled disk
+  // holds longer ends by itself; it keeps what `done` holds alive.
   ~ReadQueue();
   ReadQueue(const ReadQueue&) = delete;
   ReadQueue& operator=(const ReadQueue&) = delete;

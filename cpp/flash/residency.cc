@@ -21,7 +21,8 @@ std::vector<int> spread(int n) {
     for (int b = 0; b < 16; b++) out |= (v >> b & 1u) << (15 - b);
     return out;
   };
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return mirrored(unsigned(a)) < mirrored(unsigned(b)); });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return mirrored(unsigned(a)) < mirrored(unsigned(b)); });
   return order;
 }
 

@@ -6,7 +6,8 @@
 
 namespace sr {
 
-// Streamed first to last: a row of an embedding that is not the head is read alone, the rest costs all its bytes a pass.
+// Streamed first to last: a row of an embedding that is not the head is read alone, the rest costs all its bytes a
+// pass.
 enum class WeightRank { embedding, ffn, attention, head };
 
 // One matrix, in the order of use; its panels, or what else cannot be parted, in the order of rows.
@@ -25,8 +26,8 @@ struct ResidencyPlan {
 };
 
 // As much as possible stays: resident_bytes + ring_bytes <= room. Where even the smallest ring does not fit, ring_bytes
-// exceeds the room and resident_bytes is 0. What is streamed is spread over the layers, so that reading never waits long
-// for computing.
+// exceeds the room and resident_bytes is 0. What is streamed is spread over the layers, so that reading never waits
+// long for computing.
 ResidencyPlan plan_residency(const std::vector<ResidencyItem>& items, size_t room);
 
 }  // namespace sr

@@ -10,8 +10,8 @@ namespace sr {
 
 constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
-// Waits until `settled`, which is asked with the lock held. should_stop (or null) is asked every 20 ms, and whenever something
-// has changed, without the lock; false: it said so, and what is waited for is not there.
+// Waits until `settled`, which is asked with the lock held. should_stop (or null) is asked every 20 ms, and whenever
+// something has changed, without the lock; false: it said so, and what is waited for is not there.
 template <class Settled>
 bool wait_settled(std::unique_lock<std::mutex>& lock, std::condition_variable& changed, const Settled& settled,
                   const std::function<bool()>* should_stop) {

@@ -15,8 +15,8 @@
 
 namespace sr {
 
-// A piece of the file: what is waited for, used and released at once. Or `count` pieces of so many bytes each, one every
-// `stride` bytes, all whole blocks: in memory they lie one after another.
+// A piece of the file: what is waited for, used and released at once. Or `count` pieces of so many bytes each, one
+// every `stride` bytes, all whole blocks: in memory they lie one after another.
 struct StreamUnit {
   uint64_t offset = 0;
   size_t bytes = 0;

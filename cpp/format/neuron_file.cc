@@ -1,5 +1,5 @@
-// Positions must be a permutation and records must lie inside the file; a few rows are compared with the weights, so that a
-// file left over from another conversion is found out.
+// Positions must be a permutation and records must lie inside the file; a few rows are compared with the weights, so
+// that a file left over from another conversion is found out.
 #include "format/neuron_file.h"
 
 #include <cstring>
@@ -32,7 +32,8 @@ NeuronFile::NeuronFile(std::shared_ptr<ByteSource> source, int layers, int neuro
   };
   const auto version = file_.metadata().find("neurons_version");
   if (version == file_.metadata().end() || version->second != "1") {
-    throw Error(ErrorCode::unsupported, file_.path() + ": not a file of neurons that this program reads; convert the model again");
+    throw Error(ErrorCode::unsupported,
+                file_.path() + ": not a file of neurons that this program reads; convert the model again");
   }
   positions_.reset(size_t(layers) * size_t(neurons), "the order of neurons");
   for (int l = 0; l < layers; l++) {

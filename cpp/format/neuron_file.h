@@ -27,8 +27,8 @@ class NeuronFile {
   // Throws Error(model) where the file is damaged. Reads its header and the positions.
   NeuronFile(std::shared_ptr<ByteSource> source, int layers, int neurons);
 
-  // Error(model) unless the layer's records are those of these matrices: sizes, and some rows compared byte by byte with
-  // the weights, which are read for it.
+  // Error(model) unless the layer's records are those of these matrices: sizes, and some rows compared byte by byte
+  // with the weights, which are read for it.
   void check(int layer, const PackedModel& model, const NeuronMatrix& rows, const PanelMatrix& down) const;
   const NeuronRecords& records(int layer) const { return records_[size_t(layer)]; }
   const uint32_t* positions() const { return positions_.data(); }  // [layers, neurons]

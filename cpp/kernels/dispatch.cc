@@ -64,8 +64,9 @@ const KernelTable& choose() {
   for (int i = 0; i < n; ++i) {
     if (forced && std::string(forced) == entries[i].table->name) {
       if (entries[i].supported) return *entries[i].table;
-      throw Error(ErrorCode::isa, std::string("SPARSE_RUN_FORCE_ISA=") + forced +
-                                      ": this processor or operating system lacks it; unset the variable or use generic");
+      throw Error(ErrorCode::isa,
+                  std::string("SPARSE_RUN_FORCE_ISA=") + forced +
+                      ": this processor or operating system lacks it; unset the variable or use generic");
     }
     known += std::string(known.empty() ? "" : ", ") + entries[i].table->name;
   }

@@ -49,7 +49,8 @@ int border(const PanelMatrix& m, int tid, int threads) {
 
 }  // namespace
 
-WeightBank::WeightBank(size_t bytes) : bytes_(bytes, "the memory that is measured"), part_(bytes / kParts / 4096 * 4096) {
+WeightBank::WeightBank(size_t bytes)
+    : bytes_(bytes, "the memory that is measured"), part_(bytes / kParts / 4096 * 4096) {
   prefer_huge_pages(bytes_.data(), bytes_.size());
   uint64_t state = 0x9E3779B97F4A7C15ull;
   for (size_t i = 0; i + 8 <= bytes; i += 8) {
@@ -77,7 +78,8 @@ double gather_gb_per_s(ThreadPool& pool, WeightBank& bank, size_t run, double de
     const uint8_t* data = bank.next();
     std::atomic<uint64_t> sink{0};
     const double t = seconds(pool, [&](int tid) {
-      const size_t n = size_t(pool.size()), begin = list.size() * size_t(tid) / n, end = list.size() * size_t(tid + 1) / n;
+      const size_t n = size_t(pool.size()), begin = list.size() * size_t(tid) / n,
+                   end = list.size() * size_t(tid + 1) / n;
       sink += touch(data, run, list, begin, end, ahead);
     });
     best = std::max(best, double(list.size()) * double(run) / 1e9 / t);
@@ -87,7 +89,8 @@ double gather_gb_per_s(ThreadPool& pool, WeightBank& bank, size_t run, double de
 
 ColumnTimes time_columns(ThreadPool& pool, WeightBank& bank, const PanelMatrix& shape, double density) {
   const size_t one = (shape.total_bytes() + 4095) / 4096 * 4096;
-  if (one > bank.part_bytes()) throw Error(ErrorCode::usage, "the matrix does not fit into a quarter of the memory measured");
+  if (one > bank.part_bytes())
+    throw Error(ErrorCode::usage, "the matrix does not fit into a quarter of the memory measured");
   const int copies = int(bank.part_bytes() / one), slabs = shape.slabs(), threads = pool.size();
   std::mt19937 rng(3);
   std::vector<int8_t> q(size_t(shape.padded_cols())), masked(q.size());

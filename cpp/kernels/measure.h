@@ -12,8 +12,8 @@
 
 namespace sr {
 
-// Memory full of valid weights (any bytes are codes; as halves they are finite), handed out part after part, so that what
-// one pass has read is not in the caches when the next one begins.
+// Memory full of valid weights (any bytes are codes; as halves they are finite), handed out part after part, so that
+// what one pass has read is not in the caches when the next one begins.
 class WeightBank {
  public:
   // Throws Error(budget) where there is no such memory.
@@ -32,8 +32,8 @@ class WeightBank {
 // `density`, read in order with one load a line; the best of several prefetch distances, each one pass.
 double gather_gb_per_s(ThreadPool& pool, WeightBank& bank, size_t run, double density);
 
-// One matrix of this shape (its data is not looked at), as often as a part of the bank holds it, times a vector of which a
-// random share of the columns is active: seconds for one matrix, dense and skipping, one pass each.
+// One matrix of this shape (its data is not looked at), as often as a part of the bank holds it, times a vector of
+// which a random share of the columns is active: seconds for one matrix, dense and skipping, one pass each.
 struct ColumnTimes {
   double dense, sparse;
   double dense_bytes, sparse_bytes;  // of one matrix: all of it; active columns, and scales of slabs that have any

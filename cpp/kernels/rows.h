@@ -8,8 +8,8 @@ namespace sr {
 constexpr int kStripeChunks = 8;  // chunks of 4 inputs a lane, so 32 inputs a lane
 constexpr int kGemmRowBlock = 32;  // rows that rows_gemm_* unpacks at a time, so that they stay in L2 for all vectors
 
-// Where the planes of a quantised row begin. Full stripes come first; the last one may have fewer lanes, and every plane
-// of it is that much narrower.
+// Where the planes of a quantised row begin. Full stripes come first; the last one may have fewer lanes, and every
+// plane of it is that much narrower.
 struct RowPlan {
   int stripes, full, tail;           // stripes = full + (tail > 0); tail = lanes of the last, narrower one
   size_t high, scale, min;           // bytes from the row's start
@@ -41,7 +41,8 @@ SR_INLINE CodePlace low_place(const RowPlan& plan, int c) {
   return {size_t(stripe) * kRowLanes * plan.low_lane + size_t(row * plan.lanes(stripe) + lane) * 4 + c % 4,
           bytes ? 0 : chunk / 4 * 4};
 }
-// 5 bits: bit v of a byte belongs to chunk v. 6 bits: bits 2 v, 2 v + 1 to chunk v of the first half or v + 4 of the second.
+// 5 bits: bit v of a byte belongs to chunk v. 6 bits: bits 2 v, 2 v + 1 to chunk v of the first half or v + 4 of the
+// second.
 SR_INLINE CodePlace high_place(const RowPlan& plan, int c) {
   const int stripe = c / kStripeCols, lane = c % kStripeCols / kSlabCols, chunk = c % kSlabCols / 4;
   const bool one_bit = plan.high_lane == 4;

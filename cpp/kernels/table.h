@@ -30,8 +30,9 @@ struct AttendArgs {
   int n_q;              // 1..kMaxQueries
   size_t q_stride;      // floats between rows of q
   int head_dim;         // a multiple of 8
-  const uint16_t* k;    // fp16 [n_keys / 16, head_dim, 16]: key j, dimension d at (j / 16 * head_dim + d) * 16 + j % 16;
-                        // memory up to the end of the last block of 16 must be readable and finite
+  const uint16_t* k;    // fp16 [n_keys / 16, head_dim, 16]: key j, dimension d at
+                        // (j / 16 * head_dim + d) * 16 + j % 16; memory up to the end of the last
+                        // block of 16 must be readable and finite
   const uint16_t* v;    // fp16 [n_keys, head_dim]
   int n_keys;
   const int* first;     // [n_q]
@@ -53,9 +54,9 @@ struct KernelTable {
   // q, scale, sum as QuantVector, for one vector of n inputs (padded with zeros to a multiple of 32).
   void (*quantise)(const float* x, int n, int8_t* q, float* scale, int32_t* sum);
 
-  // Keeps input j of a quantised vector iff |x[j]| > threshold[j * stride], stride 0 or 1: sets the other q to 0, makes sum those of what is
-  // left, and writes the active columns (ActiveColumns layout; n padded to a multiple of 32). A kept input whose q is 0
-  // contributes nothing and is not listed. Returns the number of columns listed.
+  // Keeps input j of a quantised vector iff |x[j]| > threshold[j * stride], stride 0 or 1: sets the other q to 0, makes
+  // sum those of what is left, and writes the active columns (ActiveColumns layout; n padded to a multiple of 32). A
+  // kept input whose q is 0 contributes nothing and is not listed. Returns the number of columns listed.
   int (*select)(const float* x, const float* threshold, int stride, int n, int8_t* q, int32_t* sum, uint8_t* cols,
                 uint8_t* count);
 
@@ -91,20 +92,21 @@ struct KernelTable {
   // Sum of a large buffer, read as fast as the machine can (bench's stream rate).
   uint64_t (*read_sum)(const void* data, size_t bytes);
 
-  // Rows of chosen neurons times a vector. Position k in [begin, end) stands for neuron ids[k], or for neuron k where ids
-  // is null; gate[k] and up[k] are its results. gate or up may be null: then those rows are neither read nor fetched.
+  // Rows of chosen neurons times a vector. Position k in [begin, end) stands for neuron ids[k], or for neuron k where
+  // ids is null; gate[k] and up[k] are its results. gate or up may be null: then those rows are neither read nor
+  // fetched.
   //
-  // The same bits on every ISA: lane l of 16 sums the slabs l, l + 16, l + 32 ... of a row in this order, per scale group
-  // lane = fma(float(sum) * scale, x_scale, lane) and, with minima, lane = fma(min', x_scale * float(x_sum), lane),
-  // min' = fma(scale, bias, min), `sum` being exact; then lanes l and l + 8 are added, l and l + 4, l and l + 2, l and
-  // l + 1. The results of a neuron do not depend on the list it is in.
+  // The same bits on every ISA: lane l of 16 sums the slabs l, l + 16, l + 32 ... of a row in this order, per scale
+  // group lane = fma(float(sum) * scale, x_scale, lane) and, with minima, lane = fma(min', x_scale * float(x_sum),
+  // lane), min' = fma(scale, bias, min), `sum` being exact; then lanes l and l + 8 are added, l and l + 4, l and l + 2,
+  // l and l + 1. The results of a neuron do not depend on the list it is in.
   void (*rows_q)(const NeuronMatrix& w, const RowVector& x, const int32_t* ids, int begin, int end, float* gate,
                  float* up);
   // Float weights: lane l of 16 sums the columns l, l + 16 ... by fma; then as above. x: [cols].
   void (*rows_f)(const NeuronMatrix& w, const float* x, const int32_t* ids, int begin, int end, float* gate, float* up);
 
-  // n vectors at once, each RowVector array row-major over the vectors; gate[v * ldy + k], up[v * ldy + k]. Bit-equal to n
-  // calls of rows_q (rows_f). scratch: rows_scratch_bytes(w) bytes, 64-byte aligned, one per thread.
+  // n vectors at once, each RowVector array row-major over the vectors; gate[v * ldy + k], up[v * ldy + k]. Bit-equal
+  // to n calls of rows_q (rows_f). scratch: rows_scratch_bytes(w) bytes, 64-byte aligned, one per thread.
   void (*rows_gemm_q)(const NeuronMatrix& w, const RowVector& x, int n, const int32_t* ids, int begin, int end,
                       float* gate, float* up, size_t ldy, void* scratch);
   void (*rows_gemm_f)(const NeuronMatrix& w, const float* x, size_t ldx, int n, const int32_t* ids, int begin, int end,

@@ -81,8 +81,8 @@ class Decoder {
   // Bytes that a pass of n tokens takes beyond what decoding one does.
   size_t block_bytes(int n) const;
   const FlashWeights* flash() const { return flash_.get(); }
-  // Before load_resident, where store_refusal is empty: a store of single neurons that lists, or their gates, will choose.
-  // Throws as NeuronStore does.
+  // Before load_resident, where store_refusal is empty: a store of single neurons that lists, or their gates, will
+  // choose. Throws as NeuronStore does.
   NeuronStore* make_store(const PackedModel& model, std::shared_ptr<ByteSource> source, bool by_gate);
   void drop_store();
   // After load_resident. gate_blocks: of 64 neurons, that stay, where there are gates.

@@ -34,8 +34,10 @@ struct Decoder::Thread {
 
 // One thread's survivors where gates choose the neurons that are read.
 struct Decoder::ByGate {
-  AlignedBuffer<int32_t> ids, ordered, slots;  // [n_ff] as they were found; those in memory before the others; their slots
-  AlignedBuffer<float> up;                     // [n_ff] in the order of `ordered`
+  AlignedBuffer<int32_t> ids;      // [n_ff] as they were found
+  AlignedBuffer<int32_t> ordered;  // [n_ff] those in memory before the others
+  AlignedBuffer<int32_t> slots;    // [n_ff] of `ordered`
+  AlignedBuffer<float> up;         // [n_ff] in the order of `ordered`
 };
 
 // What predictors work on. Of a decoded token: shared by the threads but for x and h.

@@ -79,7 +79,8 @@ void Decoder::finish_neurons(const Pass& pass, int layer, int begin, int end) {
   Thresholds threshold = threshold_for(pass, layer, Site::Z, pass.pos, true);
   if (pass.stored && !threshold) threshold = kNotZero;
   if (threshold) z_.select(0, threshold, begin, end - begin);
-  if (pass.stored) store_->places(layer, z_.active(0), begin / kSlabCols, (end + kSlabCols - 1) / kSlabCols, place_.data());
+  if (pass.stored)
+    store_->places(layer, z_.active(0), begin / kSlabCols, (end + kSlabCols - 1) / kSlabCols, place_.data());
 }
 
 void Decoder::decode_panels(int tid, const Pass& pass, int layer) {

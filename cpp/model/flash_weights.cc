@@ -258,9 +258,9 @@ std::string FlashWeights::resize(const ResidencyPlan& plan, const std::function<
 
 bool FlashWeights::holds_all_but_ffn() const {
   const auto held = [](const Linear& w) { return w.slices.empty(); };
-  return held(weights_->head()) && std::all_of(weights_->layers.begin(), weights_->layers.end(), [&](const LayerWeights& l) {
-           return held(l.attn_qkv) && held(l.attn_o);
-         });
+  return held(weights_->head()) &&
+         std::all_of(weights_->layers.begin(), weights_->layers.end(),
+                     [&](const LayerWeights& l) { return held(l.attn_qkv) && held(l.attn_o); });
 }
 
 void FlashWeights::end_stream() {

@@ -1,5 +1,5 @@
-// In the file the gate rows of 64 neurons lie together, before their up rows: what stays is copied into memory of its own,
-// without gaps, and the rest is streamed block by block.
+// In the file the gate rows of 64 neurons lie together, before their up rows: what stays is copied into memory of its
+// own, without gaps, and the rest is streamed block by block.
 #include "model/gate_rows.h"
 
 #include <algorithm>
@@ -80,7 +80,8 @@ void GateRows::open(int64_t blocks, int threads, std::shared_ptr<ReadQueue> queu
   if (error == "cancelled") throw Error(ErrorCode::cancelled, error);
   if (!error.empty()) throw Error(ErrorCode::runtime, error);
   if (units.empty()) return;
-  stream_ = std::make_unique<WeightStream>(queue_, std::move(units), std::max(kRing, 2 * size_t(together) * block_bytes_), threads);
+  stream_ = std::make_unique<WeightStream>(queue_, std::move(units),
+                                           std::max(kRing, 2 * size_t(together) * block_bytes_), threads);
   for (Layer& layer : layers_) {
     for (size_t i = 0; i < layer.slices.size(); i++) {
       const Slice& s = layer.slices[i];

@@ -1,5 +1,6 @@
-// The rows that say which neurons a token needs, where the activation gives zeros or thresholds choose by it: gate rows, or
-// up rows where there is no gate. All are needed for every token: as many as fit stay, the others are streamed.
+// The rows that say which neurons a token needs, where the activation gives zeros or thresholds choose by it: gate
+// rows, or up rows where there is no gate. All are needed for every token: as many as fit stay, the others are
+// streamed.
 #pragma once
 
 #include <memory>
@@ -30,8 +31,8 @@ class GateRows {
   size_t resident_bytes() const { return size_t(blocks_) * block_bytes_; }
   size_t streamed_bytes() const { return streamed_bytes(blocks_); }
 
-  // A layer's neurons in the order of use: tiles of 64, and the rows of each slice as those of a matrix that begins with
-  // neuron 0 and is not gated.
+  // A layer's neurons in the order of use: tiles of 64, and the rows of each slice as those of a matrix that begins
+  // with neuron 0 and is not gated.
   const std::vector<Slice>& slices(int layer) const { return layers_[size_t(layer)].slices; }
   const NeuronMatrix& rows(int layer, size_t slice) const { return layers_[size_t(layer)].places[slice]; }
 

@@ -13,8 +13,8 @@ struct NeuronRows {
   NeuronMatrix m;              // data is null where the layer has panels instead
   const float* bias = nullptr;  // in the order of the panels' rows: 64 of gate, 64 of up ... where gated
   size_t bytes = 0;
-  // Where a memory budget keeps not all of them in memory: tiles of 64 neurons, and where each slice of them lies, as if
-  // the whole matrix began there.
+  // Where a memory budget keeps not all of them in memory: tiles of 64 neurons, and where each slice of them lies, as
+  // if the whole matrix began there.
   std::vector<Slice> slices;
   std::vector<NeuronMatrix> places;
 

@@ -1,5 +1,6 @@
-// A slot's rows lie as those of a neuron of a small matrix do, its column beside those of other slots; scales of down, which
-// belong to 32 columns together, stay in memory. So a product reads the same bytes in the same order as in the whole model.
+// A slot's rows lie as those of a neuron of a small matrix do, its column beside those of other slots; scales of down,
+// which belong to 32 columns together, stay in memory. So a product reads the same bytes in the same order as in the
+// whole model.
 #include "model/neuron_store.h"
 
 #include <algorithm>
@@ -51,13 +52,15 @@ NeuronStore::NeuronStore(const PackedModel& model, const DecoderWeights& w, std:
     file_->check(l, model, layer.ffn_rows.m, layer.ffn_down.parts[0]);
     shape_.offsets.push_back(file_->records(l).offset);
     if (shape_.stride && shape_.stride != file_->records(l).stride) {
-      throw Error(ErrorCode::model, source_->path() + ": its layers have records of different sizes; convert the model again");
+      throw Error(ErrorCode::model,
+                  source_->path() + ": its layers have records of different sizes; convert the model again");
     }
     shape_.stride = file_->records(l).stride;
     down_.push_back(layer.ffn_down);
   }
   if (!by_gate) return;
-  // A record's first row is among the gates; slots hold what follows it. The next layer's neurons are not known beforehand.
+  // A record's first row is among the gates; slots hold what follows it. The next layer's neurons are not known
+  // beforehand.
   gates_ = std::make_unique<GateRows>(model, w);
   for (uint64_t& offset : shape_.offsets) offset += form_.row_stride();
   shape_.bytes -= form_.row_stride();

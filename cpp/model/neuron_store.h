@@ -1,6 +1,7 @@
-// FFNs of which single neurons are in memory, for decoding under a memory budget where something says which neurons a token
-// needs: their rows and columns in slots of a pool, multiplied there by the same kernels. Either a list says it beforehand,
-// or the gates do: then gate rows are held and streamed apart, and slots hold what only neurons that are not 0 need.
+// FFNs of which single neurons are in memory, for decoding under a memory budget where something says which neurons a
+// token needs: their rows and columns in slots of a pool, multiplied there by the same kernels. Either a list says it
+// beforehand, or the gates do: then gate rows are held and streamed apart, and slots hold what only neurons that are
+// not 0 need.
 #pragma once
 
 #include <functional>
@@ -31,11 +32,12 @@ class NeuronStore {
   int least_slots() const { return NeuronPool::least_slots(shape_); }
   int64_t all_neurons() const { return int64_t(shape_.layers) * shape_.neurons; }
 
-  // What a token that needs this share of the neurons costs, in bytes of long reads, if half of the slots hold some of them.
+  // What a token that needs this share of the neurons costs, in bytes of long reads, if half of the slots hold some of
+  // them.
   size_t token_cost(double share) const;
 
-  // Makes the slots and fills them with the first records of every layer; where there are gates, after they were opened.
-  // Throws as FlashWeights does.
+  // Makes the slots and fills them with the first records of every layer; where there are gates, after they were
+  // opened. Throws as FlashWeights does.
   void open(int slots, int readers, size_t unit, const LoadProgress& progress);
 
   // A token begins, and is over, whole or not. The end returns why it failed, or the empty text.

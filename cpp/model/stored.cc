@@ -1,6 +1,6 @@
-// Decoding from the store of single neurons. What a layer needs is known when the layer before it is computed (fixed sets,
-// and layers of which all neurons are needed), or after its attention (predictors, which run beside it), and is read meanwhile;
-// where gates choose, as soon as a slice of their rows is multiplied.
+// Decoding from the store of single neurons. What a layer needs is known when the layer before it is computed (fixed
+// sets, and layers of which all neurons are needed), or after its attention (predictors, which run beside it), and is
+// read meanwhile; where gates choose, as soon as a slice of their rows is multiplied.
 #include <algorithm>
 
 #include "model/decoder.h"
@@ -48,7 +48,8 @@ bool Decoder::works_from_store(const Pass& pass) const {
 bool Decoder::chooses_by_gate(const Pass& pass) const {
   const SparsityPlan* plan = pass.skipping.plan;
   bool chooses = skips_zeros(pass);
-  for (int l = 0; !chooses && plan && config_.ffn_gated && pass.pos >= plan->dense_tokens() && l < config_.n_layers; l++) {
+  for (int l = 0; !chooses && plan && config_.ffn_gated && pass.pos >= plan->dense_tokens() && l < config_.n_layers;
+       l++) {
     chooses = bool(plan->threshold(l, Site::G));
   }
   if (!chooses) return false;

@@ -24,7 +24,8 @@ SparsityPlan::SparsityPlan(int n_layers, const std::array<int, kSites>& widths, 
       entries_(size_t(n_layers) * kSites),
       own_(entries_.size()),
       serial_(next_serial()) {
-  if (dense_tokens < 0) throw Error(ErrorCode::usage, "dense_tokens must be 0 or more, got " + std::to_string(dense_tokens));
+  if (dense_tokens < 0)
+    throw Error(ErrorCode::usage, "dense_tokens must be 0 or more, got " + std::to_string(dense_tokens));
   break_even_.fill(kByShape);
 }
 

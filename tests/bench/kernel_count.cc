@@ -1,8 +1,9 @@
-// Instructions that the kernels execute per weight: dense, on some columns, on rows of neurons, and for many vectors at once.
-// A child process runs the kernel and this one steps it (ptrace), so any instruction set of this processor can be counted. The
-// difference of two matrices, one with twice the columns, leaves out what a call costs once.
+// Instructions that the kernels execute per weight: dense, on some columns, on rows of neurons, and for many vectors at
+// once. A child process runs the kernel and this one steps it (ptrace), so any instruction set of this processor can be
+// counted. The difference of two matrices, one with twice the columns, leaves out what a call costs once.
 //
-//   kernel_count                           the table, for every instruction set that this processor has (Linux on x86-64)
+//   kernel_count                           the table, for every instruction set that this processor has (Linux on
+// x86-64)
 //   kernel_count ISA CASE COLUMNS          runs one kernel and counts nothing: for counting from outside (count_arm.py)
 #include <algorithm>
 #include <cstdio>
@@ -51,7 +52,8 @@ const Case kCases[] = {{"q4", Form::gemv, WeightKind::q4, false, 32, 32},
                        {"q4_rows_x24", Form::rows_gemm, WeightKind::q4, false, 32, 32}};
 constexpr int kMany = 24;  // vectors at once
 
-// Stepping takes tens of microseconds an instruction, so matrices are small: rows, and the columns that a second one has more.
+// Stepping takes tens of microseconds an instruction, so matrices are small: rows, and the columns that a second one
+// has more.
 bool by_rows(const Case& c) { return c.form == Form::rows || c.form == Form::rows_gemm; }
 int rows_of(const Case& c) { return by_rows(c) ? 32 : c.form == Form::gemm ? 128 : 512; }
 int columns_of(const Case& c) { return by_rows(c) ? kStripeCols : 2 * kSlabCols; }

@@ -1,5 +1,5 @@
-// Rates of the neuron rows kernels on records larger than the caches, beside what the memory gives for runs of that size:
-// GB/s of the bytes that are wanted, best of several alternating passes. Usage: rows_bench [threads] [case ...]
+// Rates of the neuron rows kernels on records larger than the caches, beside what the memory gives for runs of that
+// size: GB/s of the bytes that are wanted, best of several alternating passes. Usage: rows_bench [threads] [case ...]
 //
 //   panel    the same matrix in panels, dense gemv           dense  all neurons, gate and up
 //   gather   one load a line of a random subset of runs as long as both rows of a neuron, the best of several distances
@@ -109,9 +109,10 @@ void run_case(const Case& c, const Timer& time, AlignedBuffer<uint8_t>& bank) {
     k.quantise(x.data() + size_t(v) * c.cols, c.cols, q.data() + size_t(v) * c.cols, scale.data() + size_t(v) * slabs,
                sum.data() + size_t(v) * slabs * 2);
     const auto t = std::chrono::steady_clock::now();
-    order_for_rows({q.data() + size_t(v) * c.cols, scale.data() + size_t(v) * slabs, sum.data() + size_t(v) * slabs * 2},
-                   c.cols, oq.data() + size_t(v) * stripes * kStripeCols, oscale.data() + size_t(v) * stripes * kRowLanes,
-                   osum.data() + size_t(v) * stripes * 2 * kRowLanes);
+    order_for_rows(
+        {q.data() + size_t(v) * c.cols, scale.data() + size_t(v) * slabs, sum.data() + size_t(v) * slabs * 2}, c.cols,
+        oq.data() + size_t(v) * stripes * kStripeCols, oscale.data() + size_t(v) * stripes * kRowLanes,
+        osum.data() + size_t(v) * stripes * 2 * kRowLanes);
     order = std::min(order, std::chrono::duration<double>(std::chrono::steady_clock::now() - t).count());
   }
   const QuantVector plain{q.data(), scale.data(), sum.data()};
@@ -196,8 +197,8 @@ void run_case(const Case& c, const Timer& time, AlignedBuffer<uint8_t>& bank) {
               "order %.2f us\n",
               c.name, m.record_bytes(), panels, dense, 100 * dense / panels, gates, alone, order * 1e6);
   for (int d = 0; d < kKinds; ++d)
-    std::printf("%12d%% | gather %5.1f | list %5.1f = %3.0f%% | up rows alone %5.1f\n", kDensities[d], gather[d], list[d],
-                100 * list[d] / gather[d], ups[d]);
+    std::printf("%12d%% | gather %5.1f | list %5.1f = %3.0f%% | up rows alone %5.1f\n", kDensities[d], gather[d],
+                list[d], 100 * list[d] / gather[d], ups[d]);
   std::printf("      gemm(%d) | panel %6.1f | rows %6.1f GMAC/s = %3.0f%%\n", kVectors, gemm[0], gemm[1],
               100 * gemm[1] / gemm[0]);
   std::fflush(stdout);

@@ -1,7 +1,7 @@
 // Column-skipping against the memory's own limit: the rate at which random subsets of contiguous runs can be read, for
-// the run length of each matrix, and the share of it that gemv_q_cols reaches, beside its own dense time. Dense, skipping and
-// limit in turns, on memory that is not cached; medians of the turns' ratios. Panels as the converter chooses them.
-// Usage: sparse_bench [threads] [case ...]
+// the run length of each matrix, and the share of it that gemv_q_cols reaches, beside its own dense time. Dense,
+// skipping and limit in turns, on memory that is not cached; medians of the turns' ratios. Panels as the converter
+// chooses them. Usage: sparse_bench [threads] [case ...]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -22,9 +22,10 @@ struct Case {
   const char* name;
   int rows, cols, panel_rows;
 };
-const Case kCases[] = {{"q|k|v 135M", 960, 576, 512},      {"gate|up 135M", 3072, 576, 1536}, {"down 135M", 576, 1536, 576},
-                       {"q|k|v 1B", 3072, 2048, 1600},   {"gate|up 1B", 16384, 2048, 2688}, {"down 1B", 2048, 8192, 1088},
-                       {"q|k|v 7B", 12288, 4096, 3136},  {"gate|up 7B", 22016, 4096, 2816}, {"down 7B", 4096, 11008, 2112}};
+const Case kCases[] = {
+    {"q|k|v 135M", 960, 576, 512},   {"gate|up 135M", 3072, 576, 1536}, {"down 135M", 576, 1536, 576},
+    {"q|k|v 1B", 3072, 2048, 1600},  {"gate|up 1B", 16384, 2048, 2688}, {"down 1B", 2048, 8192, 1088},
+    {"q|k|v 7B", 12288, 4096, 3136}, {"gate|up 7B", 22016, 4096, 2816}, {"down 7B", 4096, 11008, 2112}};
 
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A disk of a known, steady rate, for measuring what is read from flash on a machine whose own disk is shared or too fast:
-# an ext4 file system in memory whose reads the block layer holds to RATE bytes a second.
+# A disk of a known, steady rate, for measuring what is read from flash on a machine whose own disk is shared or too
+# fast: an ext4 file system in memory whose reads the block layer holds to RATE bytes a second.
 #   throttled_disk.sh up MOUNTPOINT SIZE RATE     throttled_disk.sh up /tmp/disk 2500M 1100000000
 #   throttled_disk.sh down MOUNTPOINT
 # Needs root, loop devices and the blkio controller of cgroup v1.

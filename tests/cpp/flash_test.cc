@@ -1,5 +1,5 @@
-// Reading weights from flash, piece by piece: whole reads out of broken ones, the queue's order and its end, the ring in
-// which nothing is overwritten while it is used, and what stays in memory.
+// Reading weights from flash, piece by piece: whole reads out of broken ones, the queue's order and its end, the ring
+// in which nothing is overwritten while it is used, and what stays in memory.
 #include <cstdlib>
 #include <random>
 #include <thread>

@@ -1,7 +1,7 @@
 // Greedy generation by a program of nothing but the core: the same ids on every processor and instruction set.
 //   generate_story MODEL_DIR COUNT THREADS TOKEN...
-// prints COUNT token ids on one line, and the instruction set on stderr. SPARSE_RUN_STORY_DEVICE=cuda: on the GPU, of whose
-// memory SPARSE_RUN_STORY_DEVICE_MEMORY bytes are taken at most.
+// prints COUNT token ids on one line, and the instruction set on stderr. SPARSE_RUN_STORY_DEVICE=cuda: on the GPU, of
+// whose memory SPARSE_RUN_STORY_DEVICE_MEMORY bytes are taken at most.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -22,11 +22,14 @@ int main(int argc, char** argv) {
     options.path = argv[1];
     options.threads = std::atoi(argv[3]);
     if (const char* device = std::getenv("SPARSE_RUN_STORY_DEVICE")) options.device = device;
-    if (const char* bytes = std::getenv("SPARSE_RUN_STORY_DEVICE_MEMORY")) options.device_memory = size_t(std::atoll(bytes));
+    if (const char* bytes = std::getenv("SPARSE_RUN_STORY_DEVICE_MEMORY"))
+      options.device_memory = size_t(std::atoll(bytes));
     options.n_ctx = options.device == "cpu" ? 0 : int(prompt.size()) + count;
     sr::Model model(options);
     if (options.device == "cpu") std::fprintf(stderr, "isa %s\n", model.isa().c_str());
-    else std::fprintf(stderr, "device %s, %.0f%% of the neurons\n", model.device().c_str(), 100 * model.device_memory().hot_share);
+    else
+      std::fprintf(stderr, "device %s, %.0f%% of the neurons\n", model.device().c_str(),
+                   100 * model.device_memory().hot_share);
     sr::Session session(model, int(prompt.size()) + count);
     session.eval(prompt.data(), int(prompt.size()));
     sr::SamplerOptions greedy;

@@ -46,8 +46,9 @@ TEST_CASE("shares: every tile belongs to one thread, and large matrices are cut 
           // Even to a unit, plus what moving both ends of a share to a panel's border may cost.
           const double even = double(w.tiles()) / threads;
           if (most > even * 1.25 + 2 * unit) {
-            sr_test::fail(std::to_string(part_rows[0]).c_str(), panel_rows, std::to_string(threads) + " threads, unit " +
-                          std::to_string(unit) + ": " + std::to_string(most) + " of " + std::to_string(w.tiles()));
+            sr_test::fail(std::to_string(part_rows[0]).c_str(), panel_rows,
+                          std::to_string(threads) + " threads, unit " + std::to_string(unit) + ": " +
+                              std::to_string(most) + " of " + std::to_string(w.tiles()));
           }
         }
       }

@@ -44,7 +44,8 @@ struct Rig {
   bool right(int layer, int neuron) const {
     const size_t at = size_t(shape.offsets[size_t(layer)]) +
                       positions[size_t(layer) * size_t(shape.neurons) + size_t(neuron)] * shape.stride;
-    return std::memcmp(memory->data() + size_t(pool->slot(layer, neuron)) * shape.bytes, data.data() + at, shape.bytes) == 0;
+    return std::memcmp(memory->data() + size_t(pool->slot(layer, neuron)) * shape.bytes, data.data() + at,
+                       shape.bytes) == 0;
   }
   std::vector<uint8_t> data;
   std::shared_ptr<FaultSource> source;
@@ -101,7 +102,8 @@ int wrong_slots(Rig& rig, int tokens, double share, int users, std::mt19937* rng
 TEST_CASE("every slot holds its neuron's record while it is used, for any size of records, slots and lists") {
   std::mt19937 rng(5);
   for (int round = 0; round < 14; round++) {
-    const size_t bytes = round % 3 == 0 ? 4096 : 64 * (1 + rng() % 70), stride = (bytes + 63) / 64 * 64 + (round % 2) * 64;
+    const size_t bytes = round % 3 == 0 ? 4096 : 64 * (1 + rng() % 70),
+                 stride = (bytes + 63) / 64 * 64 + (round % 2) * 64;
     const int layers = 1 + round % 4, neurons = 32 + int(rng() % 60);
     Rig rig(layers, neurons, stride, bytes, int(rng() % 100), uint32_t(round));
     rig.source->halve = round % 4 == 1;
@@ -110,7 +112,8 @@ TEST_CASE("every slot holds its neuron's record while it is used, for any size o
   }
 }
 
-TEST_CASE("threads may ask for parts of a layer while others compute, with slots for one layer and what is in progress") {
+TEST_CASE(
+    "threads may ask for parts of a layer while others compute, with slots for one layer and what is in progress") {
   std::mt19937 rng(6);
   Rig two(5, 128, 1024, 1000, 0, 3);
   sr::NeuronPool::Shape shape = two.shape;
@@ -141,8 +144,9 @@ TEST_CASE("threads may ask for parts of a layer while others compute, with slots
           const auto look = [&](bool missing) {
             for (int i = begin; i < end; i++) {
               if (pool.missing(l, ids[size_t(i)]) != missing) continue;
-              const size_t at = size_t(shape.offsets[size_t(l)]) +
-                                shape.positions[size_t(l) * size_t(shape.neurons) + size_t(ids[size_t(i)])] * shape.stride;
+              const size_t at =
+                  size_t(shape.offsets[size_t(l)]) +
+                  shape.positions[size_t(l) * size_t(shape.neurons) + size_t(ids[size_t(i)])] * shape.stride;
               const uint8_t* slot = memory->data() + size_t(pool.slot(l, ids[size_t(i)])) * shape.bytes;
               wrong += std::memcmp(slot, two.data.data() + at, shape.bytes) != 0;
             }

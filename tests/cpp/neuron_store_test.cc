@@ -1,5 +1,5 @@
-// Decoding with single neurons in memory: the bits of the whole model in memory for sets, predictors, thresholds and zeros,
-// any number of slots and threads; and clear errors where the file or the disk goes wrong.
+// Decoding with single neurons in memory: the bits of the whole model in memory for sets, predictors, thresholds and
+// zeros, any number of slots and threads; and clear errors where the file or the disk goes wrong.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -87,9 +87,11 @@ struct RandomPredictor {
     for (int l = 0; l < s.n_layers; l++) {
       if (l == 3) continue;  // all neurons of this layer
       const auto a = codes(size_t(kRank) * size_t(s.n_embd)), b = codes(size_t(s.n_ff) * kRank);
-      const std::vector<float> a_scale(kRank, 0.01f / std::sqrt(float(s.n_embd))), threshold(size_t(s.n_ff), l == 2 ? 0.8f : 0.2f);
+      const std::vector<float> a_scale(kRank, 0.01f / std::sqrt(float(s.n_embd))),
+          threshold(size_t(s.n_ff), l == 2 ? 0.8f : 0.2f);
       const std::vector<float> b_scale(size_t(s.n_ff), 0.01f / std::sqrt(float(kRank)));
-      const sr::LowRankWeights w = {kRank, s.n_ff, a.data(), a_scale.data(), b.data(), b_scale.data(), threshold.data()};
+      const sr::LowRankWeights w = {kRank,    s.n_ff,         a.data(),        a_scale.data(),
+                                    b.data(), b_scale.data(), threshold.data()};
       set.neurons[size_t(l)] = std::make_unique<sr::LowRank>(w, s.n_embd);
       set.most_scratch = std::max(set.most_scratch, set.neurons[size_t(l)]->scratch_bytes());
     }
@@ -108,7 +110,8 @@ struct Opened {
         decoder(*packed, threads) {
     if (!source) return;
     CHECK_EQ(decoder.store_refusal(), std::string());
-    sr::NeuronStore* store = decoder.make_store(*packed, sr::open_direct(sr::NeuronFile::path_in(tiny.path())), by_gate);
+    sr::NeuronStore* store =
+        decoder.make_store(*packed, sr::open_direct(sr::NeuronFile::path_in(tiny.path())), by_gate);
     const auto plan = decoder.plan_residency(decoder.room_without_ffn());
     decoder.load_resident(*packed, plan, std::make_shared<sr::ReadQueue>(source, 2, 16 * sr::kReadAlign), nullptr);
     const sr::GateRows* gates = store->gates();
@@ -158,8 +161,8 @@ struct Model {
     o.neuron_share = share;
     return o;
   }
-  // Under which a quarter of the weights would fit, or all but the FFNs and that share of the neurons; to be asked for right
-  // before it is used, because the process itself counts.
+  // Under which a quarter of the weights would fit, or all but the FFNs and that share of the neurons; to be asked for
+  // right before it is used, because the process itself counts.
   size_t budget(double share) const {
     sr::Model(options(size_t(2) << 30, share));  // what it leaves behind in the heap is there from now on
     const sr::MemoryStats m = sr::Model(options(size_t(2) << 30, share)).memory();
@@ -240,7 +243,8 @@ void expect_faults_end_cleanly(sr::Session& s, FaultSource& file, const std::str
   const auto expected = greedy(s, 14);
   std::string text;
   // What is read ahead may carry the answer a little further.
-  CHECK(code_of([&] { greedy(s, 14, [&](int i) { file.fail_with = i >= 3 ? EIO : 0; }); }, &text) == ErrorCode::runtime);
+  CHECK(code_of([&] { greedy(s, 14, [&](int i) { file.fail_with = i >= 3 ? EIO : 0; }); }, &text) ==
+        ErrorCode::runtime);
   CHECK(text.find("cannot read") == 0);
   CHECK(text.find(name) != std::string::npos);
   file.fail_with = 0;
@@ -304,8 +308,9 @@ TEST_CASE("single neurons give the bits of the whole model in memory, for every 
         for (size_t i = 0; i < all.size(); i++) {
           const auto before = stored.decoder.store()->pool().stats();
           if (!same_bits(run(stored.decoder, all[i]), run(resident.decoder, all[i]))) {
-            sr_test::fail(__FILE__, __LINE__, std::string(variant.first) + ", " + std::to_string(threads) + " threads, " +
-                                                  std::to_string(more) + " more slots, method " + std::to_string(i) + ": other bits");
+            sr_test::fail(__FILE__, __LINE__,
+                          std::string(variant.first) + ", " + std::to_string(threads) + " threads, " +
+                              std::to_string(more) + " more slots, method " + std::to_string(i) + ": other bits");
           }
           CHECK_EQ(stored.decoder.store()->pool().stats().tokens - before.tokens, i == 3 || i == 6 ? 9 : 12);
         }
@@ -356,7 +361,8 @@ TEST_CASE("a fixed set is read once: after that decoding reads nothing") {
   CHECK_EQ(second.passes, 26);
 }
 
-TEST_CASE("without a file, room or a layout for them there are no single neurons, and it says why; results are the same") {
+TEST_CASE(
+    "without a file, room or a layout for them there are no single neurons, and it says why; results are the same") {
   Model model(larger());
   std::vector<int32_t> expected;
   {
@@ -423,7 +429,8 @@ TEST_CASE("a file of neurons that is damaged, or belongs to other weights, is re
   CHECK(code_of([&] { sr::Model m(model.options(size_t(1) << 30, 1)); }) == ErrorCode::model);
 }
 
-TEST_CASE("an error, or a stall that is cancelled, while a neuron is read ends the generation, and the next one works") {
+TEST_CASE(
+    "an error, or a stall that is cancelled, while a neuron is read ends the generation, and the next one works") {
   Model model(larger());
   const size_t budget = model.budget(0.1);
   Faults faults;
@@ -446,7 +453,9 @@ TEST_CASE("where attention has to leave memory too, decoding reads FFNs whole ag
   CHECK_EQ(opened.memory().neuron_tokens, 8);
 }
 
-TEST_CASE("neurons that their gates choose give the bits of the whole model in memory, however many gate rows and slots there are") {
+TEST_CASE(
+    "neurons that their gates choose give the bits of the whole model in memory, however many gate rows and slots "
+    "there are") {
   std::vector<std::pair<const char*, TinySpec>> all = variants();
   all[1].second.more = "\"activation_threshold\": 0.3, \"up_relu\": true, ";
   TinySpec floats = all[3].second;
@@ -479,9 +488,10 @@ TEST_CASE("neurons that their gates choose give the bits of the whole model in m
           for (size_t i = 0; i < methods.size(); i++) {
             const auto before = stored.decoder.store()->pool().stats();
             if (!same_bits(run(stored.decoder, methods[i]), run(resident.decoder, methods[i]))) {
-              sr_test::fail(__FILE__, __LINE__, std::string(variant.first) + ", " + std::to_string(threads) + " threads, " +
-                                                    std::to_string(more) + " more slots, " + std::to_string(percent) +
-                                                    "% of the gates, method " + std::to_string(i) + ": other bits");
+              sr_test::fail(__FILE__, __LINE__,
+                            std::string(variant.first) + ", " + std::to_string(threads) + " threads, " +
+                                std::to_string(more) + " more slots, " + std::to_string(percent) +
+                                "% of the gates, method " + std::to_string(i) + ": other bits");
             }
             const int64_t tokens = stored.decoder.store()->pool().stats().tokens - before.tokens;
             from_store += tokens;
@@ -511,7 +521,8 @@ sr::ModelOptions by_gate(const Model& model, size_t budget) {
 
 }  // namespace
 
-TEST_CASE("where gates choose, only what they leave is read, within the budget and with the tokens of the model in memory") {
+TEST_CASE(
+    "where gates choose, only what they leave is read, within the budget and with the tokens of the model in memory") {
   Model model(sparse());
   sr::ModelOptions o;
   o.path = model.tiny.path();
@@ -547,7 +558,9 @@ TEST_CASE("where gates choose, only what they leave is read, within the budget a
   CHECK_EQ(roomy.no_neurons, std::string());
 }
 
-TEST_CASE("an error, or a stall that is cancelled, in either file ends a generation in which gates choose, and the next one works") {
+TEST_CASE(
+    "an error, or a stall that is cancelled, in either file ends a generation in which gates choose, and the next one "
+    "works") {
   Model model(sparse());
   const size_t budget = model.budget(0);
   Faults faults;

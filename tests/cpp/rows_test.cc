@@ -204,7 +204,8 @@ TEST_CASE("pack_neurons: unpacking gives back what codes, scales and minima say;
       CHECK(same_bits(got, w.weights));
     }
   uint8_t code = 0;
-  CHECK_THROWS(pack_neurons(shape_of(WeightKind::f32, 32, false, 1, 1, false), &code, nullptr, nullptr, &code), Error, "");
+  CHECK_THROWS(pack_neurons(shape_of(WeightKind::f32, 32, false, 1, 1, false), &code, nullptr, nullptr, &code), Error,
+               "");
 }
 
 TEST_CASE("order_for_rows: lane l of chunk v holds inputs 32 l + 4 v of the stripe; missing lanes are zero") {

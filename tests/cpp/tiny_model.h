@@ -242,7 +242,8 @@ class TinyModel {
     const auto number = [](int v) { return std::to_string(v); };
     const auto flag = [](bool v) { return std::string(v ? "true" : "false"); };
     std::string layout = "{\"layout\": \"" + std::string(by_neuron ? "neurons" : "panels") +
-                         (by_neuron ? "\", \"version\": 2" : "\", \"version\": 1") + ", \"kind\": \"" + kind + "\", \"cols\": " + number(cols);
+                         (by_neuron ? "\", \"version\": 2" : "\", \"version\": 1") + ", \"kind\": \"" + kind +
+                         "\", \"cols\": " + number(cols);
     if (by_neuron) layout += ", \"neurons\": " + number(gate_up ? rows / 2 : rows) + ", \"gated\": " + flag(gate_up);
     else layout += ", \"rows\": " + number(rows) + ", \"panel_rows\": " + number(panel_rows);
     if (quantised) layout += ", \"group\": " + number(group) + ", \"min\": " + flag(spec_.has_min);
@@ -282,7 +283,8 @@ class TinyModel {
     text("activation", s.activation);
     text("rope_style", s.rope_style);
     if (s.full_qk_norm) text("qk_norm", "full");
-    c += "\"pre_norms\": " + flag(s.pre_norms) + ", \"ffn_gated\": " + flag(s.gated) + ", \"parallel_block\": " + flag(s.parallel) + ", ";
+    c += "\"pre_norms\": " + flag(s.pre_norms) + ", \"ffn_gated\": " + flag(s.gated) +
+         ", \"parallel_block\": " + flag(s.parallel) + ", ";
     c += "\"tied_embeddings\": " + flag(s.tied) + ", \"norm_eps\": 1e-5}";
     return c;
   }

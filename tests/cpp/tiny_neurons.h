@@ -37,7 +37,8 @@ inline SafetensorsText neurons_of(TinyModel& tiny, const TinySpec& spec, uint32_
     down.rows = spec.n_embd;
     down.cols = spec.n_ff;
     down.panel_rows = 128;
-    const std::string &of_rows = tiny.weights().tensors[in].data, &of_down = tiny.weights().tensors[at + "ffn_down"].data;
+    const std::string &of_rows = tiny.weights().tensors[in].data,
+                      &of_down = tiny.weights().tensors[at + "ffn_down"].data;
     const size_t bytes = sr::neuron_record_bytes(rows, down), step = stride ? stride : (bytes + 63) / 64 * 64;
     std::vector<uint32_t> positions(static_cast<size_t>(spec.n_ff));
     std::iota(positions.begin(), positions.end(), 0u);

@@ -126,11 +126,10 @@ def test_no_file_is_longer_than_the_limit() -> None:
     assert not long, f"longer than {MAX_LINES} lines: {long}"
 
 
-def test_lines_of_the_cuda_backend_fit_a_screen() -> None:
+def test_lines_fit_a_screen() -> None:
     """Python's are ruff's to measure."""
-    folders = [CPP / "cuda", CPP / "kernels" / "cuda", ROOT / "tests" / "gpu"]
-    files = [p for p in sources(*CODE - {".py", ".pyi"}) if any(p.is_relative_to(folder) for folder in folders)]
-    assert len(files) > 30
+    files = sources(*CODE - {".py", ".pyi"})
+    assert len(files) > 100
     long = [
         f"{p.relative_to(ROOT)}:{number}"
         for p in files

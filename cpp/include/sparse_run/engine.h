@@ -21,23 +21,24 @@ struct ModelOptions {
   int threads = 0;   // 1..1024; 0 = physical cores that affinity and cgroup allow
   WeightMemory memory = WeightMemory::automatic;
   std::string device = "cpu";  // "cpu", "cuda", or "auto": the GPU where there is one that the model fits
-  // Bytes of the GPU's memory that weights, working memory and contexts of n_ctx tokens may take; 0 = what is free less a
-  // reserve. Neurons of the FFNs that do not fit are computed by the CPU, and the two results added: not bit-equal to the
-  // whole model on the GPU, as sums are added in another order.
+  // Bytes of the GPU's memory that weights, working memory and contexts of n_ctx tokens may take; 0 = what is free less
+  // a reserve. Neurons of the FFNs that do not fit are computed by the CPU, and the two results added: not bit-equal to
+  // the whole model on the GPU, as sums are added in another order.
   size_t device_memory = 0;
   // Bytes that the whole process may take, 0 = no limit: what of the weights does not fit is read from the file in
   // every pass, past the page cache, with the same results. Includes contexts of n_ctx tokens in all, and extra_bytes.
   size_t memory_budget = 0;
-  int n_ctx = 0;              // only with a budget or a GPU; 0 = what an eighth of the budget holds, 256..4096 and what the
-                              // model knows; on a GPU the last of these
-  size_t extra_bytes = 0;     // only with a budget: what the caller will allocate himself
-  // Only with a budget: the share of the FFNs' neurons that tokens will need together, where set_neurons or set_predictor
-  // will say which. Above 0, as many single neurons as fit stay in memory, and decoding reads no others than are missing
-  // (where the model has a file of neurons: sparse-run convert --order). Prompts read the FFNs whole.
+  // Only with a budget or a GPU; 0 = what an eighth of the budget holds, 256..4096 and what the model knows; on a GPU
+  // the last of these.
+  int n_ctx = 0;
+  size_t extra_bytes = 0;  // only with a budget: what the caller will allocate himself
+  // Only with a budget: the share of the FFNs' neurons that tokens will need together, where set_neurons or
+  // set_predictor will say which. Above 0, as many single neurons as fit stay in memory, and decoding reads no others
+  // than are missing (where the model has a file of neurons: sparse-run convert --order). Prompts read the FFNs whole.
   double neuron_share = 0;
-  // Only with a budget, where neuron_share is 0: tokens will say by their gates which neurons they need (activations with true
-  // zeros, thresholds at site G). Gate rows are held and streamed first, and of the other neurons only those are read that are
-  // left and not in memory; from the same file.
+  // Only with a budget, where neuron_share is 0: tokens will say by their gates which neurons they need (activations
+  // with true zeros, thresholds at site G). Gate rows are held and streamed first, and of the other neurons only those
+  // are read that are left and not in memory; from the same file.
   bool by_gate = false;
   size_t aside_bytes = 0;     // and the most that he will set aside while nothing is computed
   // Bytes of weights read of those to read at the start; true stops it with Error(cancelled). From the calling thread.

@@ -44,8 +44,9 @@ struct PanelMatrix {
   int rows = 0;         // true outputs
   int cols = 0;         // true inputs
   int panel_rows = 64;  // rows of every panel but perhaps the last; a multiple of 64
-  // Where single columns are held apart, for products on active columns: then `data` has the slabs' heads alone, and the
-  // run of a column in the panel of first row r begins run_bytes(r) after runs + ActiveColumns::place. Null elsewhere.
+  // Where single columns are held apart, for products on active columns: then `data` has the slabs' heads alone, and
+  // the run of a column in the panel of first row r begins run_bytes(r) after runs + ActiveColumns::place. Null
+  // elsewhere.
   const uint8_t* runs = nullptr;
 
   SR_INLINE int padded_rows() const { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
@@ -84,8 +85,9 @@ constexpr int kStripeCols = kRowLanes * kSlabCols;       // inputs in a stripe o
 
 constexpr int kNeuronBlock = 64;                         // neurons whose rows lie together
 
-// The rows that feed the FFN's neurons, in layout `neurons`: blocks of 64 neurons, in each their gate rows and then their
-// up rows (up rows alone where the FFN is not gated), so that either kind is read in long runs and a block is one run.
+// The rows that feed the FFN's neurons, in layout `neurons`: blocks of 64 neurons, in each their gate rows and then
+// their up rows (up rows alone where the FFN is not gated), so that either kind is read in long runs and a block is one
+// run.
 struct NeuronMatrix {
   const uint8_t* data = nullptr;
   WeightKind kind = WeightKind::f32;

@@ -114,8 +114,8 @@ struct Vec {
   // Zeroes the q whose bit is not set; sums of the first and second 16; bits of the q that are not 0.
   static uint32_t mask32(uint32_t keep, int8_t* q, int32_t* sum) {
     // Byte i of the mask: bit i of keep, from the byte i / 8 of it.
-    const I spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3,
-                                      3, 3, 3);
+    const I spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3,
+                                      3, 3, 3, 3, 3);
     const I bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
     const I bytes = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(int32_t(keep)), spread), bit);
     const I v = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const I*>(q)), _mm256_cmpeq_epi8(bytes, bit));
@@ -202,7 +202,8 @@ struct Vec {
     const I ones = _mm256_set1_epi16(1);
     if constexpr (BITS == 8) {
       const I w = _mm256_xor_si256(u, _mm256_set1_epi8(char(0x80)));
-      return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), ones));
+      return _mm256_add_epi32(
+          acc, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), ones));
     }
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), ones));
   }
@@ -289,7 +290,8 @@ struct Vec::Acc<4> {
   void init(int32_t start) { acc[0] = acc[1] = acc[2] = acc[3] = _mm256_set1_epi16(int16_t(start)); }
   void pair(const uint8_t* a, const uint8_t* b, I x) {
     const I mask = _mm256_set1_epi8(15);
-    const I va = _mm256_loadu_si256(reinterpret_cast<const I*>(a)), vb = _mm256_loadu_si256(reinterpret_cast<const I*>(b));
+    const I va = _mm256_loadu_si256(reinterpret_cast<const I*>(a)),
+            vb = _mm256_loadu_si256(reinterpret_cast<const I*>(b));
     const I a0 = _mm256_and_si256(va, mask), a1 = _mm256_and_si256(_mm256_srli_epi16(va, 4), mask);
     const I b0 = _mm256_and_si256(vb, mask), b1 = _mm256_and_si256(_mm256_srli_epi16(vb, 4), mask);
     acc[0] = _mm256_add_epi16(acc[0], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(a0, b0), x));

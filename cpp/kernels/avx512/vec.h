@@ -220,8 +220,9 @@ struct Vec {
   };
 };
 
-// 4 bits: the codes of rows 32-63 stay in the upper half of their bytes (16 u, which dpbusd takes as well as u), so that
-// no shift competes with the interleaving for the two shuffle ports; their sums are divided by 16 at the end, exactly.
+// 4 bits: the codes of rows 32-63 stay in the upper half of their bytes (16 u, which dpbusd takes as well as u), so
+// that no shift competes with the interleaving for the two shuffle ports; their sums are divided by 16 at the end,
+// exactly.
 template <>
 struct Vec::Acc<4> {
   I acc[4];

@@ -31,9 +31,9 @@ void unpack(const PanelMatrix& m, const TilePlace& at, int slab_index, TileSlab*
   for (int p = 0; p < parts; ++p)
     for (int i = 0; i < kTileRows; ++i) {
       out->scale[p][i] = half_at(slab, size_t(p) * at.R + at.row + i);
-      out->min[p][i] = m.has_min
-                           ? std::fma(out->scale[p][i], float(bias), half_at(slab, size_t(parts + p) * at.R + at.row + i))
-                           : 0.0f;
+      out->min[p][i] =
+          m.has_min ? std::fma(out->scale[p][i], float(bias), half_at(slab, size_t(parts + p) * at.R + at.row + i))
+                    : 0.0f;
     }
   const size_t run_bytes = m.run_bytes(at.R);
   const int first = slab_index * kSlabCols, columns = at.runs ? active->count[slab_index] : kSlabCols;

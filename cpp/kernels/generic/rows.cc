@@ -24,7 +24,8 @@ float reduce(float* lane) {
   return lane[0];
 }
 
-// One stripe's codes, signed (u - bias), in the order of RowVector::q. Lanes that the stripe lacks are left as they are.
+// One stripe's codes, signed (u - bias), in the order of RowVector::q. Lanes that the stripe lacks are left as they
+// are.
 void unpack_stripe(const NeuronMatrix& w, const RowPlan& plan, const uint8_t* row, int stripe, int8_t* out) {
   const int bytes = 4 * plan.lanes(stripe), bias = code_bias(w.kind);
   constexpr int kChunk = 4 * kRowLanes;

@@ -47,8 +47,8 @@ struct TileAcc {
 };
 
 #if SR_NEON_LEVEL >= 2
-// 4 bits with usdot: a byte is l + 16 h with l of row r and h of row r + 32. Whole bytes are multiplied beside l, so that
-// h needs no instruction of its own: 16 sum h x = sum (l + 16 h) x - sum l x, exactly.
+// 4 bits with usdot: a byte is l + 16 h with l of row r and h of row r + 32. Whole bytes are multiplied beside l, so
+// that h needs no instruction of its own: 16 sum h x = sum (l + 16 h) x - sum l x, exactly.
 template <>
 struct TileAcc<4> {
   int32x4_t acc[16];  // rows 4 k .. 4 k + 3 of the first 32; then of whole bytes

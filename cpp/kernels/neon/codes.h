@@ -40,8 +40,10 @@ SR_INLINE void interleave4(const uint8_t* p, const uint32_t* off, uint8x16_t q[4
 }
 // The same of 8 bytes each, into q[0] and q[1].
 SR_INLINE void interleave4_short(const uint8_t* p, const uint32_t* off, uint8x16_t q[2]) {
-  const uint8x16_t a = vcombine_u8(vld1_u8(p + off[0]), vdup_n_u8(0)), b = vcombine_u8(vld1_u8(p + off[1]), vdup_n_u8(0));
-  const uint8x16_t c = vcombine_u8(vld1_u8(p + off[2]), vdup_n_u8(0)), d = vcombine_u8(vld1_u8(p + off[3]), vdup_n_u8(0));
+  const uint8x16_t a = vcombine_u8(vld1_u8(p + off[0]), vdup_n_u8(0)),
+                   b = vcombine_u8(vld1_u8(p + off[1]), vdup_n_u8(0));
+  const uint8x16_t c = vcombine_u8(vld1_u8(p + off[2]), vdup_n_u8(0)),
+                   d = vcombine_u8(vld1_u8(p + off[3]), vdup_n_u8(0));
   const uint8x16_t ab = vzip1q_u8(a, b), cd = vzip1q_u8(c, d);
   q[0] = zip_low16(ab, cd);
   q[1] = zip_high16(ab, cd);

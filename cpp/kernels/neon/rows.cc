@@ -33,8 +33,8 @@ struct LaneSum {
   int32x4_t sum() const { return acc; }
 };
 #else
-// The same with widening multiplications. Up to 5 bits the 8 chunks of a slab fit int16 (8 * 31 * 127 = 31496); two products
-// fit it always (2 * 128 * 127 = 32512).
+// The same with widening multiplications. Up to 5 bits the 8 chunks of a slab fit int16 (8 * 31 * 127 = 31496); two
+// products fit it always (2 * 128 * 127 = 32512).
 template <int BITS>
 struct LaneSum {
   static constexpr bool kNarrow = BITS <= 5;

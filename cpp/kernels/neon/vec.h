@@ -86,7 +86,8 @@ struct Vec {
     for (int h = 0; h < 2; ++h) {
       int32x4_t v[4];
       for (int i = 0; i < 4; ++i) v[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(p + 16 * h + 4 * i), inverse));
-      const int16x8_t a = vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1])), b = vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]));
+      const int16x8_t a = vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1])),
+                      b = vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]));
       const int8x16_t bytes = vcombine_s8(vmovn_s16(a), vmovn_s16(b));
       vst1q_s8(q + 16 * h, bytes);
       sum[h] = vaddlvq_s8(bytes);
@@ -157,7 +158,8 @@ struct Vec {
   using Acc = TileAcc<BITS>;
 
   // ---- prefill ----
-  // 4 kGemmQuads columns of a tile as signed codes [64 / kGemmRows][rows][columns]; subtiles are sub_stride bytes apart.
+  // 4 kGemmQuads columns of a tile as signed codes [64 / kGemmRows][rows][columns]; subtiles are sub_stride bytes
+  // apart.
   template <int BITS>
   static void interleave_tile(const uint8_t* low, const uint8_t* high, size_t run, uint8_t* out, size_t sub_stride) {
     interleave_half<BITS, 0>(low, high, run, out, sub_stride);

@@ -8,7 +8,9 @@
 namespace sr {
 namespace SR_NEON {
 
-void quantise(const float* x, int n, int8_t* q, float* scale, int32_t* sum) { simd::quantise<Vec>(x, n, q, scale, sum); }
+void quantise(const float* x, int n, int8_t* q, float* scale, int32_t* sum) {
+  simd::quantise<Vec>(x, n, q, scale, sum);
+}
 int select(const float* x, const float* threshold, int stride, int n, int8_t* q, int32_t* sum, uint8_t* cols,
            uint8_t* count) {
   return simd::select<Vec>(x, threshold, stride, n, q, sum, cols, count);

@@ -1,6 +1,7 @@
-// The search of one group: a row of trial scales around the one that maps the largest weight (or the range) to the codes'
-// ends; for the codes of each trial the least-squares scale and its error are known in closed form, so a trial is one pass.
-// The best few rounds of "codes for this scale, scale for these codes" follow, with the scale as it is stored: half.
+// The search of one group: a row of trial scales around the one that maps the largest weight (or the range) to the
+// codes' ends; for the codes of each trial the least-squares scale and its error are known in closed form, so a trial
+// is one pass. The best few rounds of "codes for this scale, scale for these codes" follow, with the scale as it is
+// stored: half.
 #include "kernels/pack/quantise.h"
 
 #include <algorithm>

@@ -32,8 +32,8 @@ SR_INLINE void plan_all(int group, uint32_t run_bytes, SlabPlan* plan) {
   plan->columns = kSlabCols;
 }
 
-// Of one scale group: columns cols[0..count), count > 0, into off and x4; the quads they make. The last one is filled up
-// with an input of 0 on a column that is read anyway. place: where the columns' runs begin instead, or null.
+// Of one scale group: columns cols[0..count), count > 0, into off and x4; the quads they make. The last one is filled
+// up with an input of 0 on a column that is read anyway. place: where the columns' runs begin instead, or null.
 template <class V, int GROUP>
 inline int plan_group(const int8_t* q, const uint8_t* cols, int count, const uint32_t* place, uint32_t run_bytes,
                       uint32_t* off, uint32_t* x4) {
@@ -95,14 +95,14 @@ SR_INLINE Stretch stretch_at(const PanelMatrix& w, int tile, int tile_end) {
   return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows), at.runs};
 }
 
-// Bytes that are asked for ahead of the slab being computed, at least: in flight or in L2. And those asked for before the
-// first product. Measured in cpp/kernels/README.md.
+// Bytes that are asked for ahead of the slab being computed, at least: in flight or in L2. And those asked for before
+// the first product. Measured in cpp/kernels/README.md.
 constexpr int kAheadBytes = 32 * 1024;
 constexpr int kStartBytes = 8 * 1024;
 
 // Walks through what one call reads, in its order, and asks memory for it: per slab the scales, then the runs of active
-// columns, each as a whole and in address order, so that the memory sees long sequential requests. A slab without active
-// columns is not touched.
+// columns, each as a whole and in address order, so that the memory sees long sequential requests. A slab without
+// active columns is not touched.
 template <class V, int BITS, bool MIN, int GROUP>
 class ReadAhead {
  public:
@@ -120,8 +120,8 @@ class ReadAhead {
     const int n = columns(s);
     return n == 0 ? 0 : tiles * (n * (P::kLow + P::kHigh) + kHeads * 2 * kTileRows);
   }
-  // Begins slab s of `tiles` tiles; budget() is then what to ask for while it is computed, so that at its end the next slab
-  // has been asked for, and kAheadBytes at least.
+  // Begins slab s of `tiles` tiles; budget() is then what to ask for while it is computed, so that at its end the next
+  // slab has been asked for, and kAheadBytes at least.
   void begin(int s, int tiles) {
     const int slabs = w_.slabs();
     const int now = wanted(s, tiles), next = wanted(s + 1 < slabs ? s + 1 : 0, tiles);
@@ -214,8 +214,8 @@ struct SlabPart {
   float x_scale, x_sum;
 };
 
-// QUADS = 0: as many as part.quads says. Unrolled for a full group and for one quad only: with two to four unrolled, cached
-// matrices gained 5% and others lost 10%.
+// QUADS = 0: as many as part.quads says. Unrolled for a full group and for one quad only: with two to four unrolled,
+// cached matrices gained 5% and others lost 10%.
 template <class V, int BITS, bool MIN, int QUADS, class Reader>
 SR_NOINLINE int part_tiles(const SlabPart& given, int tiles, int due, int per_tile, Reader& ahead, float* y) {
   using P = Panel<V, BITS>;

@@ -143,8 +143,8 @@ struct RowWalk {
   }
 };
 
-// Rows of positions [begin, walk.end), PER of each record, four at a time; dots.template of<R>(row, next, y) does R of them
-// while it fetches the rows `next`.
+// Rows of positions [begin, walk.end), PER of each record, four at a time; dots.template of<R>(row, next, y) does R of
+// them while it fetches the rows `next`.
 template <int PER, class Dots>
 SR_INLINE void walk_rows(const RowWalk& walk, int begin, float* first, float* second, const Dots& dots) {
   for (int k = begin; k < std::min(walk.end, begin + walk.ahead); ++k) walk.fetch(k);
@@ -154,7 +154,8 @@ SR_INLINE void walk_rows(const RowWalk& walk, int begin, float* first, float* se
     const uint8_t *row[N * PER], *next[N * PER];
     for (int i = 0; i < N; ++i) {
       const uint8_t* now = walk.record(k + i);
-      const uint8_t* later = k + i + walk.ahead < walk.end ? walk.record(k + i + walk.ahead) : now;  // now: costs nothing
+      const uint8_t* later =
+          k + i + walk.ahead < walk.end ? walk.record(k + i + walk.ahead) : now;  // now: costs nothing
       for (int r = 0; r < PER; ++r) {
         row[i * PER + r] = now + walk.offset[r];
         next[i * PER + r] = later + walk.offset[r];

@@ -25,7 +25,8 @@ SR_INLINE typename V::F load_weight_part(const uint8_t* p, size_t c, int n) {
 
 // acc[r][t] += row r times vector t over 16 columns from c on; TAIL: over the columns that are left.
 template <class V, int KIND, int R, int NT, bool TAIL>
-SR_INLINE void add_columns(const uint8_t* const* row, const float* x, size_t ldx, int cols, int c, Lanes<V> (*acc)[NT]) {
+SR_INLINE void add_columns(const uint8_t* const* row, const float* x, size_t ldx, int cols, int c,
+                           Lanes<V> (*acc)[NT]) {
   constexpr int L = V::kLanes;
   for (int h = 0; h < Lanes<V>::kCount; ++h) {
     const size_t at = c + h * L;

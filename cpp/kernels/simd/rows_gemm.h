@@ -1,8 +1,8 @@
 // Rows of neurons times many vectors (prefill), for any Vec.
 //
-// A block of rows is unpacked once into bytes with fp32 scales and stays in L2; vectors pass by in groups that stay in L1.
-// Per stripe and scale group the operations on each lane are those of rows.h in the same order: the results are the same
-// bits.
+// A block of rows is unpacked once into bytes with fp32 scales and stays in L2; vectors pass by in groups that stay in
+// L1. Per stripe and scale group the operations on each lane are those of rows.h in the same order: the results are the
+// same bits.
 #pragma once
 
 #include <algorithm>

@@ -12,7 +12,8 @@
 namespace sr {
 namespace simd {
 
-// e^x to 2 ulp for x <= 88; 0 below -87.33 (so also for -inf), NaN stays NaN. Cody-Waite reduction, degree-6 polynomial.
+// e^x to 2 ulp for x <= 88; 0 below -87.33 (so also for -inf), NaN stays NaN. Cody-Waite reduction, degree-6
+// polynomial.
 template <class V>
 inline typename V::F exp(typename V::F x) {
   const auto low = V::set1(-87.33f);
