@@ -38,13 +38,13 @@ py::dict cpu_info_dict() {
 }
 
 void set_python_log_sink(const py::object& sink, int level) {
-  if (sink.is_none()) {
-    set_log_sink(nullptr);
-    return;
+  if (!sink.is_none() && !PyCallable_Check(sink.ptr())) {
+    throw Error(ErrorCode::usage, "sink must be callable or None");
   }
-  if (!PyCallable_Check(sink.ptr())) throw Error(ErrorCode::usage, "sink must be callable or None");
   // Kept for the life of the process: the interpreter may be gone when static objects are destroyed.
-  PyObject* callable = sink.inc_ref().ptr();
+  PyObject* callable = sink.is_none() ? nullptr : sink.inc_ref().ptr();
+  py::gil_scoped_release free;  // a message that is on its way waits for the interpreter, with the log's lock held
+  if (!callable) return set_log_sink(nullptr);
   set_log_sink(
       [callable](LogLevel at, const std::string& text) {
         py::gil_scoped_acquire gil;

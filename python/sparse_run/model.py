@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -36,6 +37,14 @@ Progress = Callable[[str, int, int], None]
 
 log = logging.getLogger("sparse_run")
 log.addHandler(logging.NullHandler())
+
+
+@functools.cache
+def _hear_core() -> None:
+    """Sends what the core has to say to the log of this package."""
+    from . import _core
+
+    _core.set_log_sink(log.log)
 
 
 def _check_ctx_size(ctx_size: int | None) -> None:
@@ -79,6 +88,7 @@ class Model:
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more")
         _check_ctx_size(ctx_size)
+        _hear_core()
         budget = 0 if memory_budget is None else parse_size(memory_budget)
         on_device = 0 if device_memory is None else parse_size(device_memory, "device memory budget")
         self.path = Path(path)

@@ -146,7 +146,14 @@ def test_chat_applies_the_template(run_cli: Run, smollm2_packed: Path) -> None:
 def test_verbose_adds_speed_on_stderr_and_quiet_takes_all_away(generate: Run, wanted: str) -> None:
     verbose = generate("-p", PROMPT, "-v")
     assert verbose.stdout == wanted + "\n" and "answer 24 tokens" in verbose.stderr
+    assert "instruction set" in verbose.stderr  # the core's own log
     assert generate("-p", PROMPT, "-v", "-q").stderr == ""
+
+
+def test_a_warning_is_seen_without_verbose(generate: Run) -> None:
+    done = generate("-p", PROMPT, "-c", "600", "-n", "1")
+    assert "the model was trained for 512" in done.stderr
+    assert generate("-p", PROMPT, "-c", "600", "-n", "1", "-q").stderr == ""
 
 
 def test_text_streams_and_ctrl_c_is_exit_130(smollm2_packed: Path) -> None:

@@ -469,6 +469,14 @@ class TestQuiet:
             pass
         assert "trained for 512" in caplog.text
 
+    def test_so_does_what_the_core_says(self, stories_packed: Path, caplog: pytest.LogCaptureFixture) -> None:
+        from sparse_run.model import _hear_core
+
+        _hear_core.cache_clear()  # another test may have sent the core's messages elsewhere
+        with caplog.at_level(logging.INFO, logger="sparse_run"), sr.Model(stories_packed):
+            pass
+        assert f"{stories_packed}: " in caplog.text and "instruction set" in caplog.text
+
 
 class TestImport:
     def test_importing_loads_nothing_heavy(self) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..generation import Generation
     from ..model import Model
 
+_LOG = "sparse-run commands"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -126,7 +127,7 @@ def verbosity_options(function: F) -> F:
     @click.option("-v", "--verbose", count=True, help="Say more on stderr; twice for details.")
     @functools.wraps(function)
     def wrapper(*args: Any, quiet: bool, verbose: int, **kwargs: Any) -> Any:
-        if verbose and not quiet:
+        if not quiet:
             _log_to_stderr(verbose)
         return function(*args, quiet=quiet, verbose=verbose, **kwargs)
 
@@ -136,11 +137,14 @@ def verbosity_options(function: F) -> F:
 def _log_to_stderr(verbose: int) -> None:
     import logging
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("sparse_run")
+    for old in [h for h in log.handlers if h.name == _LOG]:  # of an earlier command in this process
+        log.removeHandler(old)
+    handler = logging.StreamHandler()
+    handler.name = _LOG
+    handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
-    log.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
 def sampling_options(function: F) -> F:
