@@ -3,6 +3,7 @@
 #include "cuda/decoder.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "cuda/layer.h"
@@ -17,11 +18,28 @@ namespace {
 constexpr const char* kWorkspace = "the model's working memory";
 constexpr const char* kWeights = "the weights";
 constexpr const char* kContext = "the cached keys and values";
+constexpr const char* kSampling = "choosing a token";
 constexpr size_t kMaxPlans = 8;  // device copies of thresholds that are kept
 constexpr int kUsualContext = 4096;
 constexpr int kBestScratch = 512;  // floats of argmax
 // Left free where no budget was given: for the driver's own needs and what allocations are rounded up to.
 constexpr size_t kMostReserve = size_t(256) << 20;
+
+// Whether a switch of the environment is set to `value`.
+bool is_set(const char* name, const char* value) {
+  const char* text = std::getenv(name);
+  return text && std::string(text) == value;
+}
+
+// Programmatic dependent launch in a captured graph, on demand until it has been measured.
+bool can_overlap(const cudaDeviceProp& device) {
+  constexpr int kSince = 12030;  // of CUDA, for graphs
+  int driver = 0, runtime = 0;
+  if (!is_set("SPARSE_RUN_CUDA_OVERLAP", "1") || device.major < 9) return false;
+  check(cudaDriverGetVersion(&driver), "its driver's version");
+  check(cudaRuntimeGetVersion(&runtime), "the runtime's version");
+  return driver >= kSince && runtime >= kSince;
+}
 
 std::string megabytes(size_t n) { return std::to_string((n + 999999) / 1000000) + " MB"; }
 
@@ -110,6 +128,8 @@ DeviceDecoder::DeviceDecoder(const PackedModel& model, const DeviceOptions& opti
   check(cudaGetDeviceProperties(&device, 0), "its properties");
   name_ = device.name;
   multiprocessors_ = device.multiProcessorCount;
+  graphs_ = !is_set("SPARSE_RUN_CUDA_GRAPHS", "0");
+  overlap_ = can_overlap(device);
   if (config_.head_dim > kMaxHeadDim) {
     throw Error(ErrorCode::unsupported, "heads of " + std::to_string(config_.head_dim) +
                                             " dimensions are not supported on a GPU (" + std::to_string(kMaxHeadDim) +
@@ -300,6 +320,8 @@ void DeviceDecoder::for_buffers(const Widths& w, Fn fn) {
   fn(attend_max_, slots);
   fn(attend_sum_, slots);
   fn(best_scratch_, size_t(kBestScratch));
+  fn(top_scratch_, 1);
+  fn(top_, 1);
   fn(zeros_, size_t(std::max({c.n_embd, c.n_ff, c.n_attn()})));
 }
 
@@ -324,6 +346,7 @@ void DeviceDecoder::make_buffers() {
   host_tokens_.reset(rows, kWorkspace);
   host_kept_.reset(kept_.size(), kWorkspace);
   host_logits_.reset(logits_.size(), kWorkspace);
+  host_top_.reset(1, kWorkspace);
   rest_kept_.assign(size_t(c.n_layers) * kSites, 0);
   if (!rest_) return;
   host_x_.reset(rows * size_t(ffn_in_.view().padded), kWorkspace);
@@ -431,6 +454,14 @@ void DeviceDecoder::logits(const DeviceKv& cache, float* out) {
   check(cudaMemcpyAsync(host_logits_.data(), cache.logits_.data(), bytes, cudaMemcpyDeviceToHost, stream_), "logits");
   stream_.wait("logits");
   std::memcpy(out, host_logits_.data(), bytes);
+}
+
+void DeviceDecoder::top(const DeviceKv& cache, Top* out) {
+  std::lock_guard<std::mutex> lock(turn_);
+  find_top(stream_, {cache.logits_.data(), config_.n_vocab, top_scratch_.data(), top_.data()});
+  check(cudaMemcpyAsync(host_top_.data(), top_.data(), sizeof(Top), cudaMemcpyDeviceToHost, stream_), kSampling);
+  stream_.wait(kSampling);
+  *out = host_top_[0];
 }
 
 // The counts of model/skipping.cc, from what the device kept. In a block of tokens all of a site's masked rows count

@@ -91,6 +91,8 @@ class DeviceDecoder {
                const std::function<bool()>& should_stop, const Skipping& skipping = {}, int32_t* best = nullptr);
   // [n_vocab] of the token that was decoded last with this cache.
   void logits(const DeviceKv& cache, float* out);
+  // The likeliest of them; n is -1 where they are not known.
+  void top(const DeviceKv& cache, Top* out);
 
  private:
   // What one pass works on. With `masks` null nothing is masked.
@@ -137,6 +139,7 @@ class DeviceDecoder {
   void neurons(const Pass& p, int index);
   bool all_layers(const Pass& p, Logits which, const std::function<bool()>& should_stop);
   void head(const Pass& p, int row, int rows);
+  void put_step(const Pass& p);
   void capture_step(Pass p);
   void end_piece(DeviceKv* cache, bool marked, int rest);
   void decode_step(const Pass& p, int token, float* logits);
@@ -154,6 +157,9 @@ class DeviceDecoder {
   int rest_layers_ = 0;
   double hot_share_ = 1;  // of all neurons
   bool true_zeros_ = false;  // the activation gives exact zeros
+  bool graphs_ = true;       // decoded tokens are graphs
+  bool overlap_ = false;     // a graph's kernels may start before the one before is over
+  bool loaded_ = false;      // a token has been decoded
   std::mutex turn_;
   Stream stream_;
 
@@ -172,6 +178,8 @@ class DeviceDecoder {
   DeviceBuffer<int> kept_;
   DeviceBuffer<float> x_, qkv_, branch_o_, branch_down_, gate_up_, rope_table_[2], partial_, logits_;
   DeviceBuffer<float> attend_partial_, attend_max_, attend_sum_, best_scratch_;
+  DeviceBuffer<TopScratch> top_scratch_;
+  DeviceBuffer<Top> top_;
   DeviceVectors in_, att_, ffn_in_, z_, head_in_;
   size_t ld_qkv_ = 0, ld_branch_ = 0, ld_gate_up_ = 0;
   Branch pending_[2];  // what the next layer adds to the stream first
@@ -182,6 +190,7 @@ class DeviceDecoder {
   PinnedBuffer<Step> host_step_;
   PinnedBuffer<int> host_tokens_, host_kept_;
   PinnedBuffer<float> host_logits_, host_x_, host_rest_;
+  PinnedBuffer<Top> host_top_;
   Event host_x_there_;
   std::vector<int> rest_kept_;  // [n_layers, kSites] of the CPU's neurons
 };

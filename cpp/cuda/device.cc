@@ -4,6 +4,8 @@
 #include "sparse_run/error.h"
 
 #ifdef SR_HAVE_CUDA
+#include <algorithm>
+
 #include "cuda/decoder.h"
 #endif
 
@@ -34,6 +36,15 @@ class Pass : public DevicePass {
     return decoder_.forward(tokens, n, pos, kv, which, logits, should_stop, skipping, best);
   }
   void logits(DeviceCache* cache, float* out) override { decoder_.logits(static_cast<Cache*>(cache)->kv, out); }
+  void top(DeviceCache* cache, DeviceTop* out) override {
+    static_assert(cuda::kTop == kDeviceTop, "what sessions count on");
+    cuda::Top top;
+    decoder_.top(static_cast<Cache*>(cache)->kv, &top);
+    const int n = std::max(top.n, 0);
+    out->logits.assign(top.logit, top.logit + n);
+    out->ids.assign(top.id, top.id + n);
+    out->total = top.total;
+  }
 
  private:
   cuda::DeviceDecoder decoder_;
@@ -41,9 +52,48 @@ class Pass : public DevicePass {
 
 }  // namespace
 
+namespace {
+
+#ifdef SR_CUDA_ARCHITECTURES
+constexpr const char* kCompiledFor = SR_CUDA_ARCHITECTURES;
+#else
+constexpr const char* kCompiledFor = "";
+#endif
+
+std::string version_text(int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); }
+std::string capability_text(int c) { return std::to_string(c / 10) + "." + std::to_string(c % 10); }
+
+}  // namespace
+
+DeviceInfo device_info() {
+  DeviceInfo info;
+  info.built = true;
+  info.architectures = kCompiledFor;
+  int driver = 0, runtime = 0, n = 0;
+  if (cudaRuntimeGetVersion(&runtime) == cudaSuccess) info.toolkit = version_text(runtime);
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver) info.driver_cuda = version_text(driver);
+  cudaDeviceProp device;
+  if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0 || cudaGetDeviceProperties(&device, 0) != cudaSuccess) {
+    cudaGetLastError();
+    return info;
+  }
+  info.devices = n;
+  info.name = device.name;
+  info.capability = capability_text(device.major * 10 + device.minor);
+  info.multiprocessors = device.multiProcessorCount;
+  info.memory = device.totalGlobalMem;
+  size_t free_bytes = 0, total = 0;
+  if (cudaMemGetInfo(&free_bytes, &total) == cudaSuccess) info.free_memory = free_bytes;
+  int machine = 0, ptx = 0;
+  if (cuda::code_for_device(&machine, &ptx) == cudaSuccess && machine) info.code = capability_text(machine);
+  cudaGetLastError();
+  return info;
+}
+
 std::string device_problem() {
   int n = 0;
   const cudaError_t found = cudaGetDeviceCount(&n);
+  cudaGetLastError();  // or the first kernel would be blamed for it
   if (found == cudaErrorInsufficientDriver)
     return "no NVIDIA driver, or one too old for this build: install it, or use --device cpu";
   if (found != cudaSuccess || n == 0) return "no NVIDIA GPU was found: use --device cpu";
@@ -52,6 +102,16 @@ std::string device_problem() {
   if (device.major * 10 + device.minor < kOldestCapability) {
     return std::string(device.name) + " has compute capability " + std::to_string(device.major) + "." +
            std::to_string(device.minor) + ", 7.5 is needed: use --device cpu";
+  }
+  int machine = 0, ptx = 0;
+  const cudaError_t code = cuda::code_for_device(&machine, &ptx);
+  cudaGetLastError();
+  if (code != cudaSuccess) {
+    const std::string why = cudaGetErrorString(code), compiled = kCompiledFor;
+    return "this build has no code for " + std::string(device.name) + ", compute capability " +
+           capability_text(device.major * 10 + device.minor) + " (" + why +
+           (compiled.empty() ? "" : "; built for " + compiled) +
+           "): build with -DCMAKE_CUDA_ARCHITECTURES=native there, update the driver, or use --device cpu";
   }
   return "";
 }
@@ -74,6 +134,8 @@ constexpr const char* kNotBuilt =
 }
 
 std::string device_problem() { return kNotBuilt; }
+
+DeviceInfo device_info() { return {}; }
 
 void need_device() { throw Error(ErrorCode::usage, kNotBuilt); }
 

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "model/decoder.h"
 
@@ -29,6 +30,14 @@ struct DeviceStats {
   double hot_share = 1;    // of all neurons, those on the device
 };
 
+constexpr int kDeviceTop = 256;
+// The likeliest tokens, kDeviceTop or all, as engine.h's TopTokens has them; no ids: unknown.
+struct DeviceTop {
+  std::vector<float> logits;
+  std::vector<int32_t> ids;
+  double total = 0;
+};
+
 // Keys and values of one session in device memory.
 class DeviceCache {
  public:
@@ -49,7 +58,23 @@ class DevicePass {
   virtual bool forward(const int32_t* tokens, int n, int pos, DeviceCache* cache, Logits which, float* logits,
                        const std::function<bool()>& should_stop, const Skipping& skipping, int32_t* best) = 0;
   virtual void logits(DeviceCache* cache, float* out) = 0;
+  // The same, of the likeliest tokens only: some 2 KB.
+  virtual void top(DeviceCache* cache, DeviceTop* out) = 0;
 };
+
+// What is known of the first GPU and of this build's code for it.
+struct DeviceInfo {
+  bool built = false;         // with CUDA
+  std::string toolkit;        // that it was built with; empty: unknown
+  std::string architectures;  // compute capabilities that it was compiled for, as CMake has them
+  std::string driver_cuda;    // the newest CUDA that the driver knows; empty: no driver
+  int devices = 0;            // the rest is the first one's
+  std::string name, capability;
+  std::string code;           // compute capability of the machine code that runs there; empty: none does
+  int multiprocessors = 0;
+  size_t memory = 0, free_memory = 0;
+};
+DeviceInfo device_info();
 
 // Why no GPU can be used, in one line with the remedy; empty where one can.
 std::string device_problem();

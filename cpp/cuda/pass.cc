@@ -34,7 +34,10 @@ void DeviceDecoder::begin(const Pass& p) {
   e.x = x_.data();
   e.zero = kept_.data();
   e.n_zero = int(kept_.size());
-  embed(stream_, e, p.n);
+  {
+    const OverlapLaunches whole(false);  // the first kernel: what it reads is copied just before it
+    embed(stream_, e, p.n);
+  }
   for (int local = 0; local < 2 && frequency_[local].size(); local++) {
     bool used = false;
     for (int l = 0; l < c.n_layers; l++) used = used || (c.window[size_t(l)] != 0) == (local == 1);
@@ -316,37 +319,50 @@ void DeviceDecoder::end_piece(DeviceKv* cache, bool marked, int rest) {
   cache->pieces_.push_back({exec, marked, rest});
 }
 
+// One token, whose place and number are in host_step_.
+void DeviceDecoder::put_step(const Pass& p) {
+  check(cudaMemcpyAsync(step_.data(), host_step_.data(), sizeof(Step), cudaMemcpyHostToDevice, stream_), kDecoding);
+  all_layers(p, Logits::last, [] { return false; });
+  head(p, 0, 1);
+  int* best = kept_.data() + config_.n_layers * kSites + 2;
+  argmax(stream_, p.cache->logits_.data(), config_.n_vocab, best_scratch_.data(), best);
+  check(cudaMemcpyAsync(host_kept_.data(), kept_.data(), kept_.bytes(), cudaMemcpyDeviceToHost, stream_), kDecoding);
+}
+
 void DeviceDecoder::capture_step(Pass p) {
   p.capture = true;
   p.cache->drop_pieces();
+  const OverlapLaunches overlap(overlap_ && !rest_);  // a divided step is full of copies
   check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), kDecoding);
   try {
-    const int first_after = config_.n_layers * kSites;
-    check(cudaMemcpyAsync(step_.data(), host_step_.data(), sizeof(Step), cudaMemcpyHostToDevice, stream_), kDecoding);
-    all_layers(p, Logits::last, [] { return false; });
-    head(p, 0, 1);
-    argmax(stream_, p.cache->logits_.data(), config_.n_vocab, best_scratch_.data(), kept_.data() + first_after + 2);
-    check(cudaMemcpyAsync(host_kept_.data(), kept_.data(), kept_.bytes(), cudaMemcpyDeviceToHost, stream_), kDecoding);
+    put_step(p);
     end_piece(p.cache, false, -1);
   } catch (...) {
     cudaGraph_t graph = nullptr;
     cudaStreamEndCapture(stream_, &graph);
     if (graph) cudaGraphDestroy(graph);
+    cudaGetLastError();  // that there was nothing to end
     p.cache->drop_pieces();
     throw;
   }
   p.cache->plan_ = p.masks->id;
 }
 
-// The step is captured once for each cache and set of masks; then the host sets token and position, and replays.
+// The step is captured once for each cache and set of masks; then the host sets token and position, and replays. The
+// first one is not: it has the driver load the kernels, which is not to be done while a stream is captured.
 void DeviceDecoder::decode_step(const Pass& p, int token, float* logits) {
   host_step_[0] = {p.pos, token};
   DeviceKv& cache = *p.cache;
-  if (cache.pieces_.empty() || cache.plan_ != p.masks->id) capture_step(p);
-  for (const DeviceKv::Piece& piece : cache.pieces_) {
-    check(cudaGraphLaunch(piece.graph, stream_), kDecoding);
-    if (piece.marked) host_x_there_.record(stream_, kExchange);
-    if (piece.rest >= 0) compute_rest(p, piece.rest);
+  if (!graphs_ || !loaded_) {
+    put_step(p);
+    loaded_ = true;
+  } else {
+    if (cache.pieces_.empty() || cache.plan_ != p.masks->id) capture_step(p);
+    for (const DeviceKv::Piece& piece : cache.pieces_) {
+      check(cudaGraphLaunch(piece.graph, stream_), kDecoding);
+      if (piece.marked) host_x_there_.record(stream_, kExchange);
+      if (piece.rest >= 0) compute_rest(p, piece.rest);
+    }
   }
   const size_t vocab = size_t(config_.n_vocab) * sizeof(float);
   if (logits) {

@@ -112,6 +112,11 @@ void Model::set_aside(size_t bytes, bool for_good) {
   impl_->decoder.set_aside(bytes, for_good);
 }
 std::string gpu_problem() { return device_problem(); }
+GpuInfo gpu_info() {
+  const DeviceInfo d = device_info();
+  return {d.built, d.toolkit,    d.architectures, d.driver_cuda,     d.devices,
+          d.name,  d.capability, d.code,          d.multiprocessors, d.memory, d.free_memory};
+}
 bool Model::copied() const { return impl_->packed.weights().file().in_memory(); }
 size_t Model::bytes_per_token() const { return impl_->decoder.bytes_per_token(); }
 

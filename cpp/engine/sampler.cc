@@ -53,22 +53,62 @@ struct Sampler::Impl {
   void keep_top_p();
   void keep_min_p();
   int32_t draw();
+  bool penalises() const { return options.repeat_penalty != 1.0f && options.repeat_last_n != 0 && !accepted.empty(); }
+  void find_recent();
+  bool keep_known(const TopTokens& top);
+  bool keep_certain_top_p(double total);
 };
 
-// Penalised logits, or the given ones where nothing is penalised.
-const float* Sampler::Impl::apply_penalty(const float* logits, int n) {
+void Sampler::Impl::find_recent() {
   const size_t last = options.repeat_last_n < 0 ? accepted.size() : size_t(options.repeat_last_n);
-  if (options.repeat_penalty == 1.0f || last == 0 || accepted.empty()) return logits;
   recent.assign(accepted.size() > last ? accepted.end() - std::ptrdiff_t(last) : accepted.begin(), accepted.end());
   std::sort(recent.begin(), recent.end());
   recent.erase(std::unique(recent.begin(), recent.end()), recent.end());
+}
+
+float penalise(float x, float penalty) { return x <= 0 ? x * penalty : x / penalty; }
+
+// Penalised logits, or the given ones where nothing is penalised.
+const float* Sampler::Impl::apply_penalty(const float* logits, int n) {
+  if (!penalises()) return logits;
+  find_recent();
   penalised.assign(logits, logits + n);
   for (int32_t id : recent) {
-    if (id < 0 || id >= n) continue;
-    float& x = penalised[size_t(id)];
-    x = x <= 0 ? x * options.repeat_penalty : x / options.repeat_penalty;
+    if (id >= 0 && id < n) penalised[size_t(id)] = penalise(penalised[size_t(id)], options.repeat_penalty);
   }
   return penalised.data();
+}
+
+// Fills candidates with those of the likeliest that stay so whatever the rest of the vocabulary holds; whether all
+// tokens are known. A penalty above 1 makes no token likelier, so that whoever is still likelier than the last one was
+// before it is likelier than all that are not here.
+bool Sampler::Impl::keep_known(const TopTokens& top) {
+  candidates.clear();
+  for (int i = 0; i < top.n; i++) candidates.push_back({top.logits[i], top.ids[i]});
+  if (penalises()) {
+    find_recent();
+    const Candidate last = candidates.back();
+    for (Candidate& c : candidates) {
+      if (std::binary_search(recent.begin(), recent.end(), c.id)) c.logit = penalise(c.logit, options.repeat_penalty);
+    }
+    std::sort(candidates.begin(), candidates.end(), likelier);
+    while (top.n < top.n_vocab && !candidates.empty() && likelier(last, candidates.back())) candidates.pop_back();
+  }
+  return top.n == top.n_vocab;
+}
+
+// keep_top_p on the likeliest of more candidates, whose sum is known to 1e-9; false where that leaves it open.
+bool Sampler::Impl::keep_certain_top_p(double total) {
+  const double wanted = double(options.top_p) * total;
+  double sum = 0;
+  for (size_t i = 0; i < candidates.size(); i++) {
+    sum += std::exp(double(candidates[i].logit - candidates[0].logit));
+    if (sum < wanted * (1 - 1e-8)) continue;
+    if (sum < wanted * (1 + 1e-8)) return false;
+    candidates.resize(i + 1);
+    return true;
+  }
+  return false;
 }
 
 int32_t Sampler::Impl::greedy(const float* logits, int n) const {
@@ -191,6 +231,41 @@ int32_t Sampler::sample(const float* logits, int n_vocab) {
   if (s.options.temperature == 0 || s.options.top_k == 1) return s.greedy(logits, n_vocab);
   s.keep_top_k(logits, n_vocab);
   s.keep_top_p();
+  s.keep_min_p();
+  return s.draw();
+}
+
+bool Sampler::may_sample_top(int n) const {
+  const SamplerOptions& o = impl_->options;
+  if (o.repeat_penalty < 1.0f && o.repeat_last_n != 0) return false;  // makes tokens likelier that are not among them
+  if (o.temperature == 0 || o.top_k == 1) return true;
+  return o.top_k > 0 ? o.top_k <= n : o.top_p < 1.0f || o.min_p > 0.0f;
+}
+
+int32_t Sampler::sample_top(const TopTokens& top) {
+  Impl& s = *impl_;
+  if (top.n < 1 || !may_sample_top(top.n)) return -1;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  const SamplerOptions& o = s.options;
+  const auto by_id = [](const Candidate& a, const Candidate& b) { return a.id < b.id; };
+  const bool all = s.keep_known(top);
+  if (s.candidates.empty()) return -1;
+  if (o.temperature == 0 || o.top_k == 1) return s.candidates[0].id;
+  const bool chosen = o.top_k > 0 && o.top_k < top.n_vocab;  // keep_top_k makes a list in order, else one by id
+  if (chosen) {
+    if (s.candidates.size() < size_t(o.top_k)) return -1;
+    s.candidates.resize(size_t(o.top_k));
+  } else if (all) {
+    std::sort(s.candidates.begin(), s.candidates.end(), by_id);
+  } else if (o.top_p < 1.0f) {
+    if (s.penalises() || !s.keep_certain_top_p(top.total)) return -1;
+  } else {
+    // Of all tokens those that min_p leaves: certain where the last one here is none of them.
+    if (s.candidates.back().logit >= s.candidates[0].logit + std::log(o.min_p)) return -1;
+    s.keep_min_p();
+    std::sort(s.candidates.begin(), s.candidates.end(), by_id);
+  }
+  if (chosen || all) s.keep_top_p();
   s.keep_min_p();
   return s.draw();
 }

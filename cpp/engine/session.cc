@@ -85,6 +85,7 @@ struct Session::Impl {
     return model->decoder.forward(ids, n, pos, &cache, which, out, should_stop, skipping());
   }
   int32_t sample(Sampler* sampler);
+  int32_t sample_away(Sampler* sampler);
   void need_logits() const {
     if (!has_logits) throw Error(ErrorCode::usage, "there are no logits: evaluate tokens first");
   }
@@ -127,6 +128,7 @@ struct Session::Impl {
   bool has_logits = false;
   bool logits_away = false;  // they are still on the device
   int32_t best = -1;         // the most likely token, where the device has said so
+  DeviceTop top;             // the likeliest ones, where it was asked
   std::vector<int32_t> tokens;
   // What other threads may read while one evaluates.
   std::atomic<int> n_past{0};
@@ -214,10 +216,20 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
   count(n);
 }
 
+// The token that a sampler chooses while the logits are on the device, -1 where it needs them all.
+int32_t Session::Impl::sample_away(Sampler* sampler) {
+  if (!logits_away) return -1;
+  if (best >= 0 && sampler->greedy()) return best;
+  const int n_vocab = model->decoder.config().n_vocab;
+  if (!sampler->may_sample_top(std::min(n_vocab, kDeviceTop))) return -1;
+  model->device->top(device_cache.get(), &top);
+  return sampler->sample_top({top.logits.data(), top.ids.data(), int(top.ids.size()), n_vocab, top.total});
+}
+
 int32_t Session::Impl::sample(Sampler* sampler) {
   need_logits();
-  const int32_t token =
-      best >= 0 && sampler->greedy() ? best : sampler->sample(logits_here(), model->decoder.config().n_vocab);
+  int32_t token = sample_away(sampler);
+  if (token < 0) token = sampler->sample(logits_here(), model->decoder.config().n_vocab);
   sampler->accept(token);
   return token;
 }

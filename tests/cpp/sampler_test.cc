@@ -1,6 +1,8 @@
 // The sampler draws from the distribution that its options describe, and repeats itself from its seed.
+#include <algorithm>
 #include <cmath>
 #include <map>
+#include <random>
 #include <set>
 #include <vector>
 
@@ -199,6 +201,59 @@ TEST_CASE("sampler: the sequence of a seed is the same on every machine") {
   std::string text;
   for (int id : ids) text += std::to_string(id) + " ";
   CHECK_EQ(text, std::string("59 11 72 59 37 59 33 59 "));
+}
+
+TEST_CASE("sampler: what the likeliest tokens decide is what all logits decide, and the rest is left open") {
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal(0, 1);
+  int sure = 0, open = 0;
+  for (int round = 0; round < 400; round++) {
+    const int n = round % 5 == 4 ? 60 : 3000, n_top = std::min(n, 64);
+    std::vector<float> logits(static_cast<size_t>(n));
+    for (float& x : logits) x = normal(rng) * (round % 2 ? 4.0f : 1.0f);
+    if (round % 7 == 0)
+      for (float& x : logits) x = std::round(x);  // many equal ones
+    std::vector<int32_t> ids(static_cast<size_t>(n));
+    for (int i = 0; i < n; i++) ids[size_t(i)] = i;
+    const auto likelier = [&](int a, int b) {
+      return logits[size_t(a)] != logits[size_t(b)] ? logits[size_t(a)] > logits[size_t(b)] : a < b;
+    };
+    std::sort(ids.begin(), ids.end(), likelier);
+    std::vector<float> top;
+    double total = 0;
+    for (int i = 0; i < n_top; i++) top.push_back(logits[size_t(ids[size_t(i)])]);
+    for (float x : logits) total += std::exp(double(x - top[0]));
+    total *= 1 + (round % 3 - 1) * 0.9e-9;  // as far off as allowed
+    SamplerOptions o = plain(round);
+    o.temperature = round % 11 == 0 ? 0.0f : 0.9f;
+    o.top_k = round % 4 == 0 ? 0 : round % 4 == 1 ? 5 : round % 4 == 2 ? 64 : 200;
+    o.top_p = round / 4 % 2 ? 0.8f : 1.0f;
+    o.min_p = round / 8 % 2 ? 0.2f : 0.0f;
+    o.repeat_penalty = round / 16 % 3 == 1 ? 1.4f : round / 16 % 3 == 2 ? 0.8f : 1.0f;
+    o.repeat_last_n = round / 48 % 2 ? 10 : -1;
+    Sampler whole(o), from_top(o);
+    for (int i = 0; i < 12; i++) {
+      const int32_t recent = ids[size_t(i * (round % 13))];  // also the likeliest ones
+      whole.accept(recent);
+      from_top.accept(recent);
+    }
+    for (int step = 0; step < 3; step++) {
+      const int32_t got = from_top.sample_top({top.data(), ids.data(), n_top, n, total});
+      if (got < 0) {
+        open++;
+        break;
+      }
+      sure++;
+      CHECK_EQ(got, whole.sample(logits.data(), n));
+    }
+  }
+  CHECK(sure > 300);
+  CHECK(open > 20);
+  SamplerOptions o;  // the usual options
+  CHECK(Sampler(o).may_sample_top(256));
+  o.top_k = 257;
+  CHECK(!Sampler(o).may_sample_top(256));
+  CHECK(!Sampler(plain()).may_sample_top(256));
 }
 
 TEST_CASE("sampler: impossible options are refused by name") {

@@ -4,6 +4,7 @@
 #include "check.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "cuda/decoder.h"
@@ -136,6 +137,39 @@ TEST_CASE(
   CHECK(std::equal(dense.begin(), dense.begin() + 2 * 197, masked.begin()));  // the first two tokens stay dense
 }
 
+TEST_CASE("device decoder: kernels that start before the one before is over give the same bits") {
+  const TinySpec spec;
+  const TinyModel tiny(spec);
+  const PackedModel packed(tiny.path());
+  std::mt19937 rng = fresh(7);
+  const auto ids = some_tokens(20, 197, rng);
+  const auto run = [&] {
+    cuda::DeviceDecoder gpu(packed);
+    cuda::DeviceKv cache(gpu.config(), 64);
+    std::vector<float> out;
+    for (size_t i = 0; i < ids.size(); i++) {
+      std::vector<float> logits(size_t(gpu.padded_vocab()));
+      CHECK(gpu.forward(&ids[i], 1, int(i), &cache, Logits::last, logits.data(), kNever));
+      out.insert(out.end(), logits.begin(), logits.begin() + 197);
+    }
+    return out;
+  };
+  const char* switch_name = "SPARSE_RUN_CUDA_OVERLAP";
+  const std::string before = std::getenv(switch_name) ? std::getenv(switch_name) : "";
+  setenv(switch_name, "0", 1);
+  const auto apart = run();
+  setenv(switch_name, "1", 1);
+  CHECK(apart == run());
+#ifdef SR_CUDA_EMULATED
+  CHECK_EQ(sr_emu::overlapped, 0LL);  // the device is too old
+  sr_emu::faults.capability = 90;
+  CHECK(apart == run());
+  CHECK(sr_emu::overlapped > 20);
+  sr_emu::faults.capability = 75;
+#endif
+  setenv(switch_name, before.c_str(), 1);
+}
+
 TEST_CASE("device decoder: thresholds at A, O, M, Z and G mask and count as the CPU's do") {
   std::mt19937 rng = fresh(4);
   for (bool neurons : {false, true})
@@ -231,6 +265,9 @@ TEST_CASE(
 TEST_CASE(
     "session on the device: tokens, truncation and statistics as on the CPU; auto takes the GPU where there is one") {
   CHECK_EQ(device_problem(), std::string());
+  const DeviceInfo info = device_info();
+  CHECK(info.built && info.devices > 0 && !info.name.empty() && !info.capability.empty() && !info.code.empty());
+  CHECK(info.memory > 0 && info.free_memory > 0 && info.multiprocessors > 0 && !info.driver_cuda.empty());
   const TinySpec spec;
   const TinyModel tiny(spec);
   ModelOptions options;
@@ -267,12 +304,37 @@ TEST_CASE(
     return ids;
   };
   CHECK(greedy(cpu) == greedy(gpu));
+  // Options of a sampler: what it draws from the device's likeliest tokens is what it draws from all logits.
+  for (int i = 0; i < 24; i++) {
+    SamplerOptions sampling;
+    sampling.seed = 100 + i;
+    sampling.top_k = i % 3 == 0 ? 0 : i % 3 == 1 ? 7 : 40;
+    sampling.top_p = i / 3 % 2 ? 0.7f : 1.0f;
+    sampling.min_p = i / 6 % 2 ? 0.1f : 0.0f;
+    sampling.repeat_penalty = i / 12 ? 1.3f : 1.0f;
+    Sampler from_top(sampling), from_all(sampling);
+    Session session(gpu, 64);
+    session.eval(prompt.data(), 5);
+    session.eval(prompt.data(), 1);
+    for (int step = 0; step < 6; step++) {
+      const int32_t token = session.sample(&from_top);  // accepts
+      CHECK_EQ(token, from_all.sample(session.logits(), session.n_vocab()));
+      from_all.accept(token);
+      session.eval(&token, 1);
+    }
+  }
 #ifdef SR_CUDA_EMULATED
   sr_emu::faults.devices = 0;
   CHECK_THROWS(Model(options), Error, "no NVIDIA GPU was found: use --device cpu");
   options.device = "auto";
   CHECK_EQ(Model(options).device(), std::string("cpu"));
   sr_emu::faults.devices = 1;
+  sr_emu::faults.no_image = true;
+  options.device = "cuda";
+  CHECK_THROWS(Model(options), Error, "no code for emulated GPU, compute capability 7.5 (no kernel image");
+  options.device = "auto";
+  CHECK_EQ(Model(options).device(), std::string("cpu"));
+  sr_emu::faults.no_image = false;
   sr_emu::faults.memory = sr_emu::allocated + 1000;
   CHECK_EQ(Model(options).device(), std::string("cpu"));  // does not fit
   sr_emu::faults = {};
@@ -308,6 +370,7 @@ TEST_CASE("too little device memory and a device that fails give one clear line 
                  "not enough GPU memory for a context of 67108864 tokens");
     sr_emu::faults.memory = sr_emu::allocated + 100000;
     CHECK_THROWS(cuda::DeviceKv(gpu.config(), 2048, gpu.room()), Error, "not enough GPU memory for the cached keys");
+    CHECK_EQ(int(cudaGetLastError()), int(cudaSuccess));  // else the next kernel would be blamed for it
     sr_emu::faults.memory = size_t(1) << 34;
     cuda::DeviceKv cache(gpu.config(), 64);
     std::vector<float> logits(256);

@@ -234,6 +234,20 @@ TEST_CASE("divided: runs repeat bit for bit, whatever the order of execution and
   });
 }
 
+#ifdef SR_CUDA_EMULATED
+TEST_CASE("divided: the device has its own neurons to compute while the CPU computes the others") {
+  std::mt19937 rng = fresh(18);
+  const auto prompt = some_tokens(9, rng), more = some_tokens(4, rng);
+  const TinyModel tiny(wide(TinySpec()));
+  const PackedModel packed(tiny.path());
+  Run run(packed, Run(packed, 0).decoder.stats().floor + 40000);
+  CHECK(run.decoder.stats().cpu_layers > 0 && run.decoder.stats().hot_share > 0);
+  sr_emu::behind_wait = SIZE_MAX;
+  run.logits(prompt, more);  // a block, a first token, and graphs
+  CHECK(sr_emu::behind_wait >= 3 && sr_emu::behind_wait < 10);  // gate and up, activation, down
+}
+#endif
+
 TEST_CASE("divided: thresholds and exact zeros work on both sides, and are counted together") {
   std::mt19937 rng = fresh(14);
   for (bool neurons : {false, true})

@@ -366,3 +366,44 @@ TEST_CASE("logits: scaled, capped and checked; the most likely token is the firs
     CHECK(from_device(bad.data(), 1)[0] != 0);
   }
 }
+
+TEST_CASE("the likeliest tokens: in order, whole, with the sum of all, and given up where too many are equal") {
+  cuda::Stream s;
+  std::mt19937 rng = fresh(19);
+  for (int n : {1, 197, 300, 2500, 128256}) {
+    auto logits = random_vector(size_t(n), rng, 3.0f);
+    for (int i = 0; i + 7 < n; i += n / 20 + 1) logits[size_t(i + 7)] = logits[size_t(i)];  // equals, apart
+    if (n > 200) logits[5] = 0.0f, logits[6] = -0.0f;
+    if (n == 2500)
+      for (auto& v : logits) v = std::round(v);  // a few hundred of each
+    std::vector<int> ids(static_cast<size_t>(n));
+    for (int i = 0; i < n; i++) ids[size_t(i)] = i;
+    std::sort(ids.begin(), ids.end(), [&](int a, int b) {
+      return logits[size_t(a)] != logits[size_t(b)] ? logits[size_t(a)] > logits[size_t(b)] : a < b;
+    });
+    double total = 0;
+    for (float v : logits) total += std::exp(double(v - logits[size_t(ids[0])]));
+    const auto device = on_device(logits);
+    const cuda::DeviceBuffer<cuda::TopScratch> scratch(1, "a test");
+    const cuda::DeviceBuffer<cuda::Top> top(1, "a test");
+    const auto look = [&] {
+      cuda::find_top(s, {device.data(), n, scratch.data(), top.data()});
+      s.wait("the likeliest");
+      const cuda::Top got = from_device(top.data(), 1)[0];
+      CHECK_EQ(got.n, std::min(n, cuda::kTop));
+      for (int i = 0; i < got.n; i++) {
+        CHECK_EQ(got.id[i], ids[size_t(i)]);
+        CHECK_EQ(got.logit[i], logits[size_t(ids[size_t(i)])]);
+      }
+      CHECK_NEAR(got.total, total, 1e-10 * total);
+    };
+    if (n > 5000) look();  // emulated, all orders of so many take seconds
+    else in_every_order(look);
+  }
+  const auto same = on_device(std::vector<float>(5000, 1.5f));
+  const cuda::DeviceBuffer<cuda::TopScratch> scratch(1, "a test");
+  const cuda::DeviceBuffer<cuda::Top> top(1, "a test");
+  cuda::find_top(s, {same.data(), 5000, scratch.data(), top.data()});
+  s.wait("the likeliest");
+  CHECK_EQ(from_device(top.data(), 1)[0].n, -1);
+}

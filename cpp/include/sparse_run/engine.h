@@ -105,6 +105,16 @@ struct Stats {
 
 // Repetition penalty, top-k, top-p, min-p, temperature, then a draw: llama.cpp's order and meaning. The same seed and
 // logits give the same tokens on every machine.
+// The likeliest tokens of a vocabulary, the likeliest first and the lower id first among equals, and the sum of
+// exp(logit - largest logit) over the whole vocabulary to a relative 1e-9: what a device sends instead of all logits.
+struct TopTokens {
+  const float* logits;
+  const int32_t* ids;
+  int n;
+  int n_vocab;
+  double total;
+};
+
 class Sampler {
  public:
   explicit Sampler(const SamplerOptions& options);  // throws Error(usage) on an impossible value
@@ -113,6 +123,10 @@ class Sampler {
   Sampler& operator=(Sampler&&) noexcept;
 
   int32_t sample(const float* logits, int n_vocab);  // does not accept
+  // What sample would give on all logits, where this can be told for sure from the likeliest ones: the same token, and
+  // the same state afterwards. Else -1, and nothing has changed. Does not accept.
+  int32_t sample_top(const TopTokens& top);
+  bool may_sample_top(int n) const;  // whether it is worth asking for the n likeliest
   void accept(int32_t token);                        // counts for the repetition penalty from now on
   bool greedy() const;                               // the most likely token is taken whatever was accepted
   void reset();                                      // forgets accepted tokens and starts the seed's sequence again
@@ -253,6 +267,19 @@ int default_threads();
 
 // Why no GPU can be used by this build on this machine, in one line; empty where one can.
 std::string gpu_problem();
+
+// What is known of the first GPU and of this build's code for it; what is not known is empty or 0.
+struct GpuInfo {
+  bool built;                 // with CUDA
+  std::string toolkit;        // CUDA that it was built with
+  std::string architectures;  // that it was compiled for, as CMake has them
+  std::string driver_cuda;    // the newest CUDA that the driver knows
+  int devices;
+  std::string name, capability, code;  // code: compute capability of the machine code that runs there
+  int multiprocessors;
+  size_t memory_bytes, free_bytes;
+};
+GpuInfo gpu_info();
 
 // GB/s at which `threads` threads read a buffer of `megabytes` MB, one value a repetition.
 std::vector<double> stream_gb_per_s(int threads, int megabytes, int repetitions);

@@ -12,6 +12,7 @@ constexpr int kThreads = 128, kKeys = 32, kPad = 1;
 
 // One warp a head: norm, rotation, and for k and v the way into the cache.
 __global__ void __launch_bounds__(32) heads_kernel(const HeadsArgs a) {
+  after_previous();
   const AttendView& c = a.cache;
   const int head = int(blockIdx.x), row = int(blockIdx.y), lane = int(threadIdx.x), hd = c.head_dim;
   const int kind = head < c.n_heads ? 0 : head < c.n_heads + c.n_kv_heads ? 1 : 2;
@@ -55,6 +56,7 @@ struct Args {
 
 template <int kRows>
 __global__ void __launch_bounds__(kThreads) attend_kernel(const Args args) {
+  after_previous();
   const AttendArgs_& a = args.a;
   const AttendView& c = a.cache;
   SR_DYNAMIC_SHARED(bytes);
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Args args) {
     if (real) {
       const uint16_t* k = keys + size_t(key) * hd;
       for (int d = 8 * quarter; d < hd; d += 32) {
-        const uint4 u = __ldg(reinterpret_cast<const uint4*>(k + d));
+        const uint4 u = fresh(reinterpret_cast<const uint4*>(k + d));
         const unsigned words[4] = {u.x, u.y, u.z, u.w};
         float kd[8];
 #pragma unroll
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Args args) {
         const int n = min(kKeys, end - tile);
 #pragma unroll 8
         for (int j = 0; j < n; j++) {
-          const float v = from_half(__ldg(values + size_t(tile + j) * hd + d));
+          const float v = from_half(fresh(values + size_t(tile + j) * hd + d));
 #pragma unroll
           for (int r = 0; r < kRows; r++) out[i][r] = fmaf(p[r * (kKeys + kPad) + j], v, out[i][r]);
         }
@@ -201,6 +203,7 @@ struct MergeKernelArgs {
 };
 
 __global__ void __launch_bounds__(128) merge_kernel(const MergeKernelArgs args) {
+  after_previous();
   const MergeArgs& a = args.a;
   const int row = int(blockIdx.y), i = int(blockIdx.x) * 128 + int(threadIdx.x);
   if (i / 32 * 32 >= a.out.padded) return;  // whole warps
@@ -208,11 +211,12 @@ __global__ void __launch_bounds__(128) merge_kernel(const MergeKernelArgs args) 
   if (i < a.out.width) {
     const size_t head = size_t(row) * a.n_heads + i / a.head_dim, stride = size_t(args.n) * a.n_heads;
     float most = -INFINITY, sum = 0;
+    // No branches, so that the loads of many stretches are under way at once. One that saw nothing has sums of 0.
+#pragma unroll 8
     for (int s = 0; s < a.splits; s++) most = fmaxf(most, a.row_max[s * stride + head]);
+#pragma unroll 8
     for (int s = 0; s < a.splits; s++) {
-      const float top = a.row_max[s * stride + head];
-      if (top == -INFINITY) continue;
-      const float f = expf(top - most);
+      const float f = expf(a.row_max[s * stride + head] - most);
       sum = fmaf(a.row_sum[s * stride + head], f, sum);
       v = fmaf(a.partial[(s * stride + head) * a.head_dim + i % a.head_dim], f, v);
     }

@@ -192,6 +192,7 @@ struct SourceOf<Source::neurons> {
 
 template <Source kSource>
 __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(const GemmArgs a) {
+  after_previous();
   using namespace nvcuda;
   using From = typename SourceOf<kSource>::type;
   // 16 x 16 tiles of weights [half slab, 8 row blocks; 256] and of vectors [half slab, 4 blocks; vector, input].
@@ -218,13 +219,13 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(const GemmArgs a) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int t = first_token + x_token + 32 * i;
-      next.x[i] = t < a.n ? __ldg(reinterpret_cast<const unsigned*>(a.q + size_t(t) * a.padded + 32 * s) + x_word) : 0u;
+      next.x[i] = t < a.n ? fresh(reinterpret_cast<const unsigned*>(a.q + size_t(t) * a.padded + 32 * s) + x_word) : 0u;
     }
     const int t = first_token + tid;
     const bool mine = tid < kTokens && t < a.n;
-    next.x_scale = mine ? __ldg(a.scale + size_t(t) * a.slabs + s) : 0.0f;
-    next.x_sum[0] = mine ? __ldg(a.sum + 2 * (size_t(t) * a.slabs + s)) : 0;
-    next.x_sum[1] = mine ? __ldg(a.sum + 2 * (size_t(t) * a.slabs + s) + 1) : 0;
+    next.x_scale = mine ? fresh(a.scale + size_t(t) * a.slabs + s) : 0.0f;
+    next.x_sum[0] = mine ? fresh(a.sum + 2 * (size_t(t) * a.slabs + s)) : 0;
+    next.x_sum[1] = mine ? fresh(a.sum + 2 * (size_t(t) * a.slabs + s) + 1) : 0;
   };
   const auto put = [&] {
     from.put(ws);
@@ -321,7 +322,7 @@ __device__ void gemm_float(const GemmArgs& a, const uint8_t* data, size_t base, 
     const float w = float_weight(data, base + size_t(c) * step, four_bytes, half);
 #pragma unroll
     for (int i = 0; i < 8; i++)
-      if (token + i < a.n) y[i] = fmaf(w, __ldg(a.x + size_t(token + i) * a.padded + c), y[i]);
+      if (token + i < a.n) y[i] = fmaf(w, fresh(a.x + size_t(token + i) * a.padded + c), y[i]);
   }
   const int out = tile * kTileRows + row;
   for (int i = 0; i < 8; i++)
@@ -330,6 +331,7 @@ __device__ void gemm_float(const GemmArgs& a, const uint8_t* data, size_t base, 
 }
 
 __global__ void __launch_bounds__(kThreads) gemm_float_kernel(const GemmArgs a) {
+  after_previous();
   const Part& m = a.m;
   const int tile = int(blockIdx.x), first = tile * kTileRows / m.panel_rows * m.panel_rows;
   const uint8_t* panel = m.data + size_t(first / m.panel_rows) * m.panel_bytes(m.panel_rows);
@@ -338,6 +340,7 @@ __global__ void __launch_bounds__(kThreads) gemm_float_kernel(const GemmArgs a) 
 }
 
 __global__ void __launch_bounds__(kThreads) gemm_float_neurons_kernel(const GemmArgs a) {
+  after_previous();
   const Neurons& w = a.neurons;
   const int r = int(blockIdx.x) * kTileRows + int(threadIdx.x) % kTileRows;
   const int neuron = min(w.gated ? r / 128 * 64 + r % 64 : r, w.neurons - 1);

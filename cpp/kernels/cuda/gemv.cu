@@ -19,6 +19,7 @@ struct GemvArgs {
   int* tickets;    // [groups]
   const Step* step;
   float* y;
+  bool early;      // may start before its input is there
 };
 
 struct Halves4 {
@@ -38,31 +39,60 @@ __device__ __forceinline__ float add_group(float y, int sum, float scale, float 
   return y;
 }
 
-// Lanes hold rows: 4 bits, lane / 8 the tile, lane % 8 * 4 + 0..3 and those + 32 its rows; 8 bits, lane / 16 the tile,
-// lane % 16 * 4 + 0..3 its rows.
+// Where a lane's rows lie: 4 bits, lane / 8 is the tile, lane % 8 * 4 + 0..3 and those + 32 its rows; 8 bits, lane / 16
+// the tile, lane % 16 * 4 + 0..3 its rows.
+template <bool kBytes>
+struct Place {
+  static constexpr int kLanes = kBytes ? 16 : 8;
+  int at, row, R, parts;
+  const uint8_t* panel;
+  size_t slab_bytes;
+  unsigned run, minima, column;  // inside a slab 32 bits suffice, and save registers
+
+  __device__ __forceinline__ Place(const Part& m, int group) {
+    const int lane = int(threadIdx.x) % 32;
+    // Surplus lanes repeat the last tile; their results are not stored.
+    const int tile = min(group * (32 / kLanes) + lane / kLanes, m.tiles - 1);
+    const int first = tile * kTileRows / m.panel_rows * m.panel_rows;
+    at = lane % kLanes;
+    row = tile * kTileRows - first;
+    R = min(m.panel_rows, m.tiles * kTileRows - first);
+    parts = 32 / m.group;
+    panel = m.data + size_t(first / m.panel_rows) * m.panel_bytes(m.panel_rows);
+    slab_bytes = m.slab_bytes(R);
+    run = unsigned(m.run_bytes(R));
+    minima = unsigned(parts * 2 * R);
+    column = unsigned(parts * (m.has_min ? 2 : 1) * 2 * R + (kBytes ? row : row / 2) + at * 4);
+  }
+};
+
+// The slabs that a warp begins with, on their way to the L2 cache while the kernel before makes the input.
+constexpr int kEarlySlabs = 2;
+template <bool kBytes>
+__device__ __forceinline__ void fetch_early(const Part& m, int group, int begin, int step) {
+  const Place<kBytes> p(m, group);
+  for (int i = 0, s = begin; i < kEarlySlabs && s < m.slabs; i++, s += step) {
+    const uint8_t* slab = p.panel + size_t(s) * p.slab_bytes;
+    prefetch(slab + 2 * (p.row + p.at * 4));
+    for (int c = 0; c < 32; c++) prefetch(slab + (p.column + unsigned(c) * p.run));
+  }
+}
+
 template <bool kBytes, bool kList>
 __device__ __forceinline__ void product(const Part& m, const Vectors& x, int group, int begin, int step, float* y) {
-  constexpr int kLanes = kBytes ? 16 : 8, kSets = kBytes ? 1 : 2;
-  const int lane = int(threadIdx.x) % 32, at = lane % kLanes;
-  int tile = group * (32 / kLanes) + lane / kLanes;
-  tile = min(tile, m.tiles - 1);  // surplus lanes repeat the last tile; their results are not stored
-  const int first = tile * kTileRows / m.panel_rows * m.panel_rows, row = tile * kTileRows - first;
-  const int R = min(m.panel_rows, m.tiles * kTileRows - first);
-  const uint8_t* panel = m.data + size_t(first / m.panel_rows) * m.panel_bytes(m.panel_rows);
-  const size_t slab_bytes = m.slab_bytes(R);
-  const int parts = 32 / m.group;
-  // Inside a slab 32 bits suffice, and save registers.
-  const unsigned run = unsigned(m.run_bytes(R)), minima = unsigned(parts * 2 * R);
-  const unsigned column = unsigned(parts * (m.has_min ? 2 : 1) * 2 * R + (kBytes ? row : row / 2) + at * 4);
+  constexpr int kSets = kBytes ? 1 : 2;
+  const Place<kBytes> place(m, group);
+  const int at = place.at, row = place.row, R = place.R, parts = place.parts;
+  const unsigned run = place.run, minima = place.minima, column = place.column;
 
   for (int s = begin; s < m.slabs; s += step) {
-    const uint8_t* slab = panel + size_t(s) * slab_bytes;
-    const float x_scale = __ldg(x.scale + s);
-    const int sums[2] = {__ldg(x.sum + 2 * s), __ldg(x.sum + 2 * s + 1)};
+    const uint8_t* slab = place.panel + size_t(s) * place.slab_bytes;
+    const float x_scale = fresh(x.scale + s);
+    const int sums[2] = {fresh(x.sum + 2 * s), fresh(x.sum + 2 * s + 1)};
     int counts[2] = {16, 16};
     if (kList) {
-      counts[0] = __ldg(x.count + 2 * s);
-      counts[1] = __ldg(x.count + 2 * s + 1);
+      counts[0] = fresh(x.count + 2 * s);
+      counts[1] = fresh(x.count + 2 * s + 1);
       if (counts[0] + counts[1] == 0) continue;
     }
     int acc[4 * kSets];
@@ -76,7 +106,7 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
 #pragma unroll
       for (int quad = 0; quad < 4; quad++) {
         if (quad < quads) {
-          const unsigned c = kList ? __ldg(cs + quad) : 0x03020100u + 0x04040404u * unsigned(quad + 4 * half);
+          const unsigned c = kList ? fresh(cs + quad) : 0x03020100u + 0x04040404u * unsigned(quad + 4 * half);
 #pragma unroll
           for (int i = 0; i < 4; i++)
             word[4 * quad + i] = __ldg(reinterpret_cast<const unsigned*>(slab + (column + (c >> 8 * i & 255) * run)));
@@ -86,7 +116,7 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
       for (int quad = 0; quad < 4; quad++) {
         if (quad < quads) {
           const unsigned* w = word + 4 * quad;
-          const int xv = int(__ldg(xs + quad));
+          const int xv = int(fresh(xs + quad));
           // Four columns of four rows, turned: t[k] holds row k of the four columns.
           const unsigned a = __byte_perm(w[0], w[1], 0x5140), b = __byte_perm(w[2], w[3], 0x5140);
           const unsigned c = __byte_perm(w[0], w[1], 0x7362), d = __byte_perm(w[2], w[3], 0x7362);
@@ -136,7 +166,7 @@ __device__ __forceinline__ void product_float(const Part& m, const float* x, int
 #pragma unroll 8
   for (int c = begin; c < m.cols; c += step) {
     const size_t at = base + size_t(c) * kTileRows;
-    const float xv = __ldg(x + c);
+    const float xv = fresh(x + c);
     float a, b;
     if (m.store == Store::f32) {
       const float2 w = __ldg(reinterpret_cast<const float2*>(panel + 4 * at));
@@ -164,6 +194,9 @@ __global__ void __launch_bounds__(kWarps * 32, 3) gemv_kernel(const GemvArgs a) 
   const int rows = group_rows(m.store);
   float y[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   float* out = red + warp * kRedRows;
+  if (a.early && !a.mask.kept && m.store == Store::q4) fetch_early<false>(m, group, begin, step);
+  if (a.early && !a.mask.kept && m.store == Store::q8) fetch_early<true>(m, group, begin, step);
+  after_previous();
   if (m.store == Store::q4 || m.store == Store::q8) {
     // One decision for the whole grid: the list where few enough columns are left, else all of the masked vector.
     bool list = false;
@@ -211,8 +244,10 @@ __global__ void __launch_bounds__(kWarps * 32, 3) gemv_kernel(const GemvArgs a) 
     if (!last[0]) return;
     __threadfence();
     sum = 0;
-    if (mine)
+    if (mine) {
+#pragma unroll 8
       for (int i = 0; i < a.splits; i++) sum += __ldcg(partial + i * stride);
+    }
   }
   if (mine) {
     if (m.add && row < m.rows) sum += m.add[row];
@@ -222,15 +257,38 @@ __global__ void __launch_bounds__(kWarps * 32, 3) gemv_kernel(const GemvArgs a) 
 
 }  // namespace
 
+namespace {
+constexpr int kResident = 3;   // blocks of 8 warps on a multiprocessor
+constexpr int kMostSplits = 32;
+// Splits beyond those that fill the device once: for few multiprocessors, where blocks come in waves anyway.
+constexpr int kMoreSplits = 3;
+}  // namespace
+
 GemvPlan plan_gemv(const Matrix& w, int multiprocessors) {
-  // Three blocks of 8 warps fit a multiprocessor, and all of them should have work; a warp keeps a slab of its own.
+  // Blocks come in waves of as many as are resident; a wave lasts as long as a warp's slabs, and half a slab for the
+  // sums at its end. A last wave of a few blocks costs as much as a full one.
   GemvPlan plan;
-  const int wanted = 3 * multiprocessors, most = w.slabs / kWarps;
-  plan.splits = (wanted + w.groups - 1) / w.groups;
-  if (plan.splits > most) plan.splits = most;
-  if (plan.splits > 32) plan.splits = 32;
-  if (plan.splits < 1) plan.splits = 1;
+  const int resident = kResident * multiprocessors, full = (resident + w.groups - 1) / w.groups;
+  int most = w.slabs / kWarps;  // a warp keeps a slab of its own
+  most = most < full + kMoreSplits ? most : full + kMoreSplits;
+  most = most < kMostSplits ? most : kMostSplits;
+  long long least = 0;
+  for (int splits = 1; splits <= most || splits == 1; splits++) {
+    const long long waves = (w.groups * splits + resident - 1) / resident;
+    const long long slabs = (w.slabs + kWarps * splits - 1) / (kWarps * splits), cost = waves * (2 * slabs + 1);
+    if (splits > 1 && cost >= least) continue;
+    least = cost;
+    plan.splits = splits;
+  }
   return plan;
+}
+
+cudaError_t code_for_device(int* machine, int* ptx) {
+  cudaFuncAttributes a = {};
+  const cudaError_t found = cudaFuncGetAttributes(&a, gemv_kernel);
+  *machine = a.binaryVersion;
+  *ptx = a.ptxVersion;
+  return found;
 }
 
 size_t gemv_partial_floats(const Matrix& w, const GemvPlan& plan) {
@@ -238,12 +296,12 @@ size_t gemv_partial_floats(const Matrix& w, const GemvPlan& plan) {
 }
 
 size_t gemv_partial_most(int groups, int multiprocessors) {
-  return size_t(3 * multiprocessors + groups) * kRedRows;  // splits are 3 * multiprocessors / groups, rounded up
+  return size_t(kResident * multiprocessors + (1 + kMoreSplits) * groups) * kRedRows;  // full is rounded up
 }
 
 void gemv(cudaStream_t s, const Matrix& w, const Vectors& x, const Mask& mask, const GemvPlan& plan,
           const GemvScratch& scratch, const Step* step, float* y) {
-  const GemvArgs a = {w, x, mask, plan.splits, scratch.partial, scratch.tickets, step, y};
+  const GemvArgs a = {w, x, mask, plan.splits, scratch.partial, scratch.tickets, step, y, OverlapLaunches::active()};
   launch("gemv", gemv_kernel, dim3(unsigned(w.groups), unsigned(plan.splits)), dim3(kWarps * 32), 0, s, a);
 }
 

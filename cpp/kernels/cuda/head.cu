@@ -14,6 +14,7 @@ struct FinishArgs {
 };
 
 __global__ void __launch_bounds__(256) finish_kernel(const FinishArgs a) {
+  after_previous();
   const int i = int(blockIdx.x) * 256 + int(threadIdx.x);
   int bad = 0;
   if (i < a.n_vocab) {
@@ -62,6 +63,7 @@ struct ArgmaxArgs {
 };
 
 __global__ void __launch_bounds__(256) argmax_kernel(const ArgmaxArgs a) {
+  after_previous();
   float most = -INFINITY;
   int at = 0x7fffffff;
   for (int i = int(blockIdx.x) * 256 + int(threadIdx.x); i < a.n; i += int(gridDim.x) * 256)
@@ -74,6 +76,7 @@ __global__ void __launch_bounds__(256) argmax_kernel(const ArgmaxArgs a) {
 }
 
 __global__ void __launch_bounds__(256) argmax_end_kernel(const ArgmaxArgs a) {
+  after_previous();
   float most = a.values[threadIdx.x];
   int at = a.places[threadIdx.x];
   block_best(&most, &at);

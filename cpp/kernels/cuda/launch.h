@@ -14,6 +14,10 @@ struct Step {
   int token;  // of a single-token pass
 };
 
+// Whether this program has machine code for the device, or code that its driver can translate; which: the compute
+// capability that it was compiled for (75: 7.5), of machine code and of PTX.
+cudaError_t code_for_device(int* machine, int* ptx);
+
 // ---- gemv.cu: one vector
 
 // How a product is cut: `splits` blocks share the slabs of a row group.
@@ -185,5 +189,29 @@ void merge(cudaStream_t s, const MergeArgs& a, int n);
 void finish_logits(cudaStream_t s, float* logits, size_t ld, int n_vocab, int n, float scale, float cap, int* bad);
 // The first of the largest logits; scratch: [2 * 256] floats.
 void argmax(cudaStream_t s, const float* logits, int n, float* scratch, int* token);
+
+// ---- top.cu
+constexpr int kTop = 256, kTopStretches = 1024, kTopRoom = 1024;
+// The likeliest tokens, the likeliest first, the lower id first among equals.
+struct Top {
+  float logit[kTop];
+  int id[kTop];
+  double total;  // of exp(logit - largest logit) over all logits
+  int n;         // tokens here: kTop, or all; -1: unknown, as too many are equal
+};
+struct TopScratch {
+  unsigned long long keys[kTopRoom];
+  double sums[kTopStretches / 8];
+  float most[kTopStretches];
+  float largest, bound;
+  int found;
+};
+struct TopArgs {
+  const float* logits;  // [n], finite
+  int n;
+  TopScratch* scratch;
+  Top* top;
+};
+void find_top(cudaStream_t s, const TopArgs& a);
 }  // namespace cuda
 }  // namespace sr

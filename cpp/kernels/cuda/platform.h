@@ -31,22 +31,84 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) fail(error, what);
 }
 
+// While one lives on this thread, a kernel of a GPU with compute capability 9.0 may be put on the multiprocessors while
+// the one before it still runs (programmatic dependent launch): it waits in after_previous(). For stretches of a stream
+// in which kernels follow each other without copies between them.
+class OverlapLaunches {
+ public:
+  explicit OverlapLaunches(bool on) : before_(active()) { active() = on; }
+  ~OverlapLaunches() { active() = before_; }
+  OverlapLaunches(const OverlapLaunches&) = delete;
+  OverlapLaunches& operator=(const OverlapLaunches&) = delete;
+  static bool& active() {
+    static thread_local bool on = false;
+    return on;
+  }
+
+ private:
+  bool before_;
+};
+
 #ifdef SR_CUDA_EMULATED
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             A... args) {
-  check(sr_emu::launch(name, kernel, grid, block, shared, stream, P(args)...), name);
+  check(sr_emu::launch(name, OverlapLaunches::active(), kernel, grid, block, shared, stream, P(args)...), name);
+  check(cudaGetLastError(), name);
 }
 #elif defined(__CUDACC__)
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             A... args) {
+  if (OverlapLaunches::active()) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, P(args)...), name);
+    return;
+  }
   kernel<<<grid, block, shared, stream>>>(P(args)...);
   check(cudaGetLastError(), name);
 }
 #endif
 
 #if defined(SR_CUDA_EMULATED) || defined(__CUDACC__)
+// Every thread of every kernel calls this once, before it reads or writes what another kernel touches: with overlapping
+// launches the kernel before is not over until here, with all that it wrote. Only weights may be asked for earlier. All
+// threads of all kernels: the next kernel then knows from this one that the ones before it are over too.
+__device__ __forceinline__ void after_previous() {
+#ifdef SR_CUDA_EMULATED
+  sr_emu::after_previous();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// What another kernel wrote. Not __ldg, which promises that nobody writes while this kernel lives, so that it may be
+// read ahead of after_previous().
+template <class T>
+__device__ __forceinline__ T fresh(const T* p) {
+#ifdef SR_CUDA_EMULATED
+  sr_emu::check_aligned(p);
+#endif
+  return *p;
+}
+// Asks for bytes that are read soon; p: device memory that no kernel writes.
+__device__ __forceinline__ void prefetch(const void* p) {
+#ifdef SR_CUDA_EMULATED
+  sr_emu::prefetch(p);
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 __device__ __forceinline__ float from_half(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 __device__ __forceinline__ uint16_t to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }
 

@@ -21,7 +21,7 @@ struct RowsArgs {
 
 // Word v, lane l of the input's stripe in the order of RowVector: inputs 32 l + 4 v .. + 3, which lie together anyway.
 __device__ __forceinline__ int input_word(const Vectors& x, int slab, int v) {
-  return int(__ldg(reinterpret_cast<const unsigned*>(x.q + 32 * size_t(slab)) + v));
+  return int(fresh(reinterpret_cast<const unsigned*>(x.q + 32 * size_t(slab)) + v));
 }
 __device__ __forceinline__ float half_at(const uint8_t* p, size_t i) {
   return from_half(__ldg(reinterpret_cast<const uint16_t*>(p) + i));
@@ -58,8 +58,8 @@ __device__ __forceinline__ float dot_quantised(const Neurons& w, const Vectors& 
         sum[v / 4] = __dp4a(int(u), input_word(x, slab, v), sum[v / 4]);
       }
     }
-    const float x_scale = __ldg(x.scale + slab);
-    const int xs[2] = {__ldg(x.sum + 2 * slab), __ldg(x.sum + 2 * slab + 1)};
+    const float x_scale = fresh(x.scale + slab);
+    const int xs[2] = {fresh(x.sum + 2 * slab), fresh(x.sum + 2 * slab + 1)};
 #pragma unroll
     for (int p = 0; p < 2; p++) {
       if (p >= parts) break;
@@ -88,12 +88,13 @@ __device__ __forceinline__ float dot_float(const Neurons& w, const Vectors& x, c
       const uint16_t h = __ldg(reinterpret_cast<const uint16_t*>(row) + c);
       v = w.kind == WeightKind::f16 ? from_half(h) : __uint_as_float(unsigned(h) << 16);
     }
-    y = fmaf(v, __ldg(x.x + c), y);
+    y = fmaf(v, fresh(x.x + c), y);
   }
   return y;
 }
 
 __global__ void __launch_bounds__(kWarps * 32) rows_kernel(const RowsArgs a) {
+  after_previous();
   const int lane = int(threadIdx.x) % 32, l = lane % kRowLanes, second = lane / kRowLanes;
   const int warp = int(blockIdx.x) * kWarps + int(threadIdx.x) / 32, warps = int(gridDim.x) * kWarps;
   const int n = a.ids ? *a.count : a.w.neurons;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kWarps * 32) rows_kernel(const RowsArgs a) {
   for (int k = warp * each; k < n; k += warps * each) {
     const int mine = both ? k : k + second;
     const bool work = mine < n;
-    const int id = work ? (a.ids ? __ldg(a.ids + mine) : mine) : 0;
+    const int id = work ? (a.ids ? fresh(a.ids + mine) : mine) : 0;
     const bool up = both ? second == 1 : a.up != nullptr;
     float y = 0;
     if (work) {
@@ -117,6 +118,7 @@ __global__ void __launch_bounds__(kWarps * 32) rows_kernel(const RowsArgs a) {
 
 // One block: a running offset, so that the list is in order.
 __global__ void __launch_bounds__(1024) survive_kernel(const SurviveArgs a) {
+  after_previous();
   SR_SHARED(int, warp_count, 32);
   const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
   const float* threshold = a.mask.at(a.step->pos);
@@ -153,7 +155,13 @@ void rows(cudaStream_t s, const Neurons& w, const Vectors& x, const int* ids, co
           int multiprocessors) {
   const RowsArgs a = {w, x, ids, count, gate, up};
   const int each = gate && up ? kWarps : 2 * kWarps;
-  const int all = (w.neurons + each - 1) / each, most = 8 * multiprocessors;
+  // As many as are resident at once: warps take neurons in turn, and a second wave of blocks would be a thin one.
+  static const int resident = [] {
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, rows_kernel, kWarps * 32, 0), "rows");
+    return blocks > 0 ? blocks : 1;
+  }();
+  const int all = (w.neurons + each - 1) / each, most = resident * multiprocessors;
   launch("rows", rows_kernel, dim3(unsigned(all < most ? all : most)), dim3(kWarps * 32), 0, s, a);
 }
 

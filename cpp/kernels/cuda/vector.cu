@@ -40,6 +40,7 @@ __device__ float weight_at(const Part& m, int row, int c) {
 }
 
 __global__ void __launch_bounds__(256) embed_kernel(const EmbedArgs a) {
+  after_previous();
   const int row = int(blockIdx.y), c = int(blockIdx.x) * 256 + int(threadIdx.x), n = a.table.cols;
   if (row == 0)
     for (int i = c; i < a.n_zero; i += int(gridDim.x) * 256) a.zero[i] = 0;
@@ -62,6 +63,7 @@ struct RopeArgs {
 };
 
 __global__ void __launch_bounds__(128) rope_kernel(const RopeArgs a) {
+  after_previous();
   const int row = int(blockIdx.y), i = int(blockIdx.x) * 128 + int(threadIdx.x);
   if (i >= a.half) return;
   const double angle = double(a.step->pos + row) * a.frequency[i];
@@ -69,17 +71,21 @@ __global__ void __launch_bounds__(128) rope_kernel(const RopeArgs a) {
   a.table[size_t(row) * 2 * a.half + a.half + i] = __fmul_rn(float(sin(angle)), a.mscale);
 }
 
-// The sum of v over the block, in every thread. The order is fixed.
+// The sum of v over the block, in every thread. The order is fixed. One warp adds the warps' sums: most GPUs compute
+// doubles at a 64th of the rate of floats, and 1024 threads that each add 32 take longer than the rest of a norm.
 __device__ double block_sum(double v) {
-  SR_SHARED(double, part, 32);
+  SR_SHARED(double, part, 33);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warps = int(blockDim.x) / 32;
   v = warp_sum(v);
   __syncthreads();  // part may still be read from an earlier call
   if (lane == 0) part[warp] = v;
   __syncthreads();
-  double sum = 0;
-  for (int w = 0; w < warps; w++) sum += part[w];
-  return sum;
+  if (warp == 0) {
+    const double sum = warp_sum(lane < warps ? part[lane] : 0.0);
+    if (lane == 0) part[32] = sum;
+  }
+  __syncthreads();
+  return part[32];
 }
 
 // What a norm does to its vector: (x - mean) * factor * weight + bias.
@@ -110,6 +116,7 @@ __device__ __forceinline__ float apply_norm(const NormView& norm, const NormFact
 }
 
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareArgs a) {
+  after_previous();
   const int row = int(blockIdx.x), tid = int(threadIdx.x), threads = int(blockDim.x), n = a.width;
   float* x = a.x + size_t(row) * a.ldx;
   // Every thread keeps to its own elements of x, so that no barrier is needed between these loops.
@@ -140,6 +147,7 @@ struct InPlaceArgs {
 };
 
 __global__ void __launch_bounds__(kThreads) in_place_kernel(const InPlaceArgs a) {
+  after_previous();
   float* y = a.y + size_t(blockIdx.x) * a.ld;
   const NormFactors f = norm_factors(a.norm, a.width, [&](int i) { return y[i]; });
   for (int i = int(threadIdx.x); i < a.width; i += int(blockDim.x)) y[i] = apply_norm(a.norm, f, i, y[i]);
@@ -153,6 +161,7 @@ struct AddArgs {
 };
 
 __global__ void __launch_bounds__(256) add_kernel(const AddArgs a) {
+  after_previous();
   const int i = int(blockIdx.x) * 256 + int(threadIdx.x);
   if (i >= a.width) return;
   const size_t at = size_t(blockIdx.y) * a.ld + size_t(i);
@@ -160,6 +169,7 @@ __global__ void __launch_bounds__(256) add_kernel(const AddArgs a) {
 }
 
 __global__ void __launch_bounds__(256) activate_kernel(const ActivateArgs a) {
+  after_previous();
   const int row = int(blockIdx.y), i = int(blockIdx.x) * 256 + int(threadIdx.x);
   if (i / 32 * 32 >= a.out.padded) return;  // whole warps
   float v = 0;

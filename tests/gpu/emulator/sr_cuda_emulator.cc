@@ -34,7 +34,8 @@ Faults faults_of_environment() {
 Place here;
 Faults faults = faults_of_environment();
 size_t allocated = 0;
-long long launches = 0;
+long long launches = 0, overlapped = 0;
+size_t behind_wait = SIZE_MAX;
 
 struct Graph {
   std::vector<std::function<void()>> work;
@@ -115,6 +116,7 @@ struct Fiber {
   State state = State::ready;
   const char* what = "";
   uint64_t value = 0;
+  bool began = false;  // has called after_previous
 };
 
 Order order = Order::forward;
@@ -130,10 +132,14 @@ std::map<const void*, std::vector<double>> shared_blocks;
 std::vector<double> dynamic_block;
 size_t shared_used = 0;
 
-void poison(void* p, size_t bytes) { std::memset(p, 0xff, bytes); }  // NaN, -1, and an index far out of range
+// NaN, -1, and an index far out of range.
+void poison(void* p, size_t bytes) {
+  if (bytes) std::memset(p, 0xff, bytes);
+}
 
 void fiber_main() {
   (*body)();
+  if (!fibers[current].began) broken("a thread that never called after_previous");
   fibers[current].state = State::done;
   switch_to(&fibers[current].context, &scheduler);
   std::abort();
@@ -184,6 +190,7 @@ void run_block(size_t threads) {
   for (size_t i = 0; i < threads; i++) {
     Fiber& f = fibers[i];
     f.state = State::ready;
+    f.began = false;
     f.thread = {unsigned(i) % here.block_dim.x, unsigned(i) / here.block_dim.x % here.block_dim.y,
                 unsigned(i) / (here.block_dim.x * here.block_dim.y)};
     start(&f.context, stacks[i].get(), fiber_main);
@@ -239,6 +246,11 @@ void* shared(const void* tag, size_t bytes) {
 
 unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(dynamic_block.data()) + 31) & ~uintptr_t(31));
+}
+
+void after_previous() {
+  if (fibers[current].began) broken("after_previous, called twice");
+  fibers[current].began = true;
 }
 
 void barrier(const char* what) { pause(State::at_barrier, what, 0); }
@@ -312,7 +324,18 @@ int submit(Stream* stream, std::function<void()> work) {
 namespace {
 cudaError_t state() { return faults.failed ? cudaErrorLaunchFailure : cudaSuccess; }
 std::map<void*, size_t> sizes;
+cudaError_t last_error = cudaSuccess;
+cudaError_t keep(cudaError_t e) { return last_error = e; }
 }  // namespace
+
+void prefetch(const void* p) {
+  const auto next = sizes.upper_bound(const_cast<void*>(p));
+  if (next != sizes.begin()) {
+    const auto at = std::prev(next);
+    if (static_cast<const char*>(p) < static_cast<const char*>(at->first) + at->second) return;
+  }
+  broken("a prefetch of what is no device memory");
+}
 
 }  // namespace sr_emu
 
@@ -322,6 +345,7 @@ const char* cudaGetErrorString(cudaError_t e) {
   switch (e) {
     case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
     case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaSuccess: return "no error";
@@ -336,8 +360,8 @@ cudaError_t cudaSetDevice(int) { return state(); }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   std::snprintf(p->name, sizeof p->name, "emulated GPU");
   p->totalGlobalMem = faults.memory;
-  p->major = 7;
-  p->minor = 5;
+  p->major = faults.capability / 10;
+  p->minor = faults.capability % 10;
   p->multiProcessorCount = 4;
   return cudaSuccess;
 }
@@ -348,7 +372,7 @@ cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
 }
 cudaError_t cudaMalloc(void** p, size_t bytes) {
   if (faults.failed) return cudaErrorLaunchFailure;
-  if (allocated + bytes > faults.memory) return cudaErrorMemoryAllocation;
+  if (allocated + bytes > faults.memory) return keep(cudaErrorMemoryAllocation);
   *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   poison(*p, (bytes + 255) / 256 * 256);
   sizes[*p] = bytes;
@@ -428,7 +452,25 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) {
   delete g;
   return state();
 }
-cudaError_t cudaGetLastError() { return state(); }
+// The last failure of any call, once; a launch that asks for it is blamed for what failed before.
+cudaError_t cudaGetLastError() {
+  const cudaError_t e = faults.failed ? cudaErrorLaunchFailure : last_error;
+  last_error = cudaSuccess;
+  return e;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 12080;
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 12040;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
+  if (faults.no_image) return keep(cudaErrorNoKernelImageForDevice);
+  a->ptxVersion = a->binaryVersion = 75;
+  return state();
+}
 
 namespace {
 double seconds() {
@@ -457,6 +499,7 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
   while (e->reached != e->recorded && e->stream && !e->stream->waiting.empty()) work_one(e->stream);
+  behind_wait = std::min(behind_wait, e->stream ? e->stream->waiting.size() : 0);
   return state();
 }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {

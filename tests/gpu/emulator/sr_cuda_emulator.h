@@ -99,6 +99,15 @@ T from_bits(uint64_t u) {
   std::memcpy(&v, &u, sizeof v);
   return v;
 }
+// Loads of 8 and 16 bytes fault on a GPU where their address is not a multiple of that.
+template <class T>
+void check_aligned(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) broken("a load that is not aligned to its size");
+}
+// A thread says that what earlier kernels wrote may be used now; one that ends without having said so is an error.
+void after_previous();
+// p must be device memory.
+void prefetch(const void* p);
 inline int lane() {
   const unsigned t = here.thread.x + here.block_dim.x * (here.thread.y + here.block_dim.y * here.thread.z);
   return int(t % 32);
@@ -163,14 +172,12 @@ inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
 template <class T>
 T __ldg(const T* p) {
+  sr_emu::check_aligned(p);
   return *p;
 }
 template <class T>
 T __ldcg(const T* p) {
-  return *p;
-}
-template <class T>
-T __ldcs(const T* p) {
+  sr_emu::check_aligned(p);
   return *p;
 }
 inline int __dp4a(int a, int b, int c) {
@@ -250,11 +257,15 @@ inline void store_matrix_sync(int* p, const fragment<accumulator, 16, 16, 16, in
 // ---- runtime
 
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1, cudaErrorNoDevice = 100,
-                   cudaErrorInsufficientDriver = 35, cudaErrorLaunchFailure = 719 };
+                   cudaErrorInsufficientDriver = 35, cudaErrorNoKernelImageForDevice = 209,
+                   cudaErrorLaunchFailure = 719 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 
 
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
+};
 constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
 
 namespace sr_emu {
@@ -268,15 +279,19 @@ struct Faults {
   int fail_launch_after = -1;  // launches that still succeed; -1: all
   int fail_copy_after = -1;    // copies, of those that run in a stream or a graph
   bool failed = false;         // every later call reports the failure, as a broken context does
+  bool no_image = false;       // the program's machine code is for other GPUs
+  int capability = 75;
 };
 extern Faults faults;
 extern size_t allocated;       // bytes
-extern long long launches;
+extern long long launches, overlapped;  // of kernels; of these, those that were allowed to start early
+extern size_t behind_wait;              // the least work in a stream behind an event that the host waited for
 
 template <class... P>
-cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream* stream,
-                   P... args) {
+cudaError_t launch(const char* name, bool overlap, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                   Stream* stream, P... args) {
   if (faults.failed) return cudaErrorLaunchFailure;
+  overlapped += overlap;
   const std::tuple<P...> pack(args...);
   return cudaError_t(submit(stream, [=] {
     run_grid(name, grid, block, shared_bytes, [&] { std::apply(kernel, pack); });
@@ -316,6 +331,18 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s);
 cudaError_t cudaGraphDestroy(cudaGraph_t g);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g);
 cudaError_t cudaGetLastError();
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* kernel);
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int threads, size_t) {
+  *blocks = 1024 / threads;
+  return cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, void (*kernel)(P...)) {
+  return cudaFuncGetAttributes(a, reinterpret_cast<const void*>(kernel));
+}
 cudaError_t cudaEventCreate(cudaEvent_t* e);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t e);
