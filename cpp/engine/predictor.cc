@@ -22,7 +22,7 @@ void check(const char* what, int layer, const DecoderConfig& c, const LowRankWei
 }
 
 void add(std::unique_ptr<LowRank>* place, const LowRankWeights& w, int width, PredictorSet* set) {
-  *place = std::make_unique<LowRank>(w, width);
+  *place = std::make_unique<LowRank>(w, width, &set->memory);
   set->most_rank = std::max(set->most_rank, w.rank);
   set->most_scratch = std::max(set->most_scratch, (*place)->scratch_bytes());
 }

@@ -23,6 +23,9 @@ void prepare(const float* x, int n, InputBuffer* in, int row) {
   in->order(row);
 }
 
+// Scores of so many items are written in whole tiles.
+size_t in_tiles(int n) { return size_t((n + kTileRows - 1) / kTileRows) * kTileRows; }
+
 }  // namespace
 
 void Decoder::make_prediction_buffers(const Pass& pass) {
@@ -36,8 +39,8 @@ void Decoder::make_prediction_buffers(const Pass& pass) {
     p.rank = set->most_rank;
     p.hidden.reset(size_t(p.rank), kWhat);
     p.head_hidden.reset(size_t(p.rank), kWhat);
-    p.scores.reset(size_t(c.n_ff), kWhat);
-    p.head_scores.reset(size_t(c.n_heads), kWhat);
+    p.scores.reset(in_tiles(c.n_ff), kWhat);
+    p.head_scores.reset(in_tiles(c.n_heads), kWhat);
     p.ids.reset(size_t(c.n_ff), kWhat);
     p.count.assign(size_t(threads), 0);
     p.heads.reset(2 * size_t(c.n_heads), kWhat);
@@ -45,7 +48,7 @@ void Decoder::make_prediction_buffers(const Pass& pass) {
     p.h.resize(size_t(threads));
     for (int t = 0; t < threads; t++) {
       p.x[size_t(t)].reset(1, c.n_embd, kWhat, true);
-      p.h[size_t(t)].reset(1, p.rank, kWhat, true);
+      p.h[size_t(t)].reset(1, p.rank, kWhat);
     }
   }
   Prediction& p = *prediction_;
@@ -53,8 +56,8 @@ void Decoder::make_prediction_buffers(const Pass& pass) {
   p.block = std::make_unique<Prediction::OfBlock>();
   Prediction::OfBlock& b = *p.block;
   b.x.reset(kMaxBlock, c.n_embd, kWhat, true);
-  b.h.reset(kMaxBlock, p.rank, kWhat, true);
-  b.scores.reset(size_t(kMaxBlock) * size_t(std::max(c.n_ff, c.n_heads)), kWhat);
+  b.h.reset(kMaxBlock, p.rank, kWhat);
+  b.scores.reset(size_t(kMaxBlock) * in_tiles(std::max(c.n_ff, c.n_heads)), kWhat);
   b.neurons.reset(size_t(kMaxBlock) * size_t(c.n_ff), kWhat);
   b.heads.reset(2 * size_t(kMaxBlock) * size_t(c.n_heads), kWhat);
 }
@@ -102,23 +105,17 @@ void Decoder::predict_scores(int tid, const Pass& pass, int layer) {
     std::copy(hidden, hidden + of.rank(), h.row(0));
     std::fill(h.row(0) + of.rank(), h.row(0) + h.width(), 0.0f);
     h.quantise(0);
-    h.order(0);
   };
   if (neurons) {
     take(*neurons, p.hidden.data());
     const int units = config_.n_ff / kTileRows, threads = pool_.size();
     const int begin = units * tid / threads * kTileRows, end = units * (tid + 1) / threads * kTileRows;
-    neurons->scores(h.ordered(0), begin, end, p.scores.data());
-    int count = 0;
-    for (int i = begin; i < end; i++) {
-      p.ids[size_t(begin + count)] = i;
-      count += neurons->predicted(i, p.scores[size_t(i)]);
-    }
-    p.count[size_t(tid)] = count;
+    neurons->scores(h.input().q, begin / kTileRows, end / kTileRows, p.scores.data());
+    p.count[size_t(tid)] = neurons->list(begin, end, p.scores.data(), p.ids.data() + begin);
   }
   if (heads && tid == 0) {
     take(*heads, p.head_hidden.data());
-    heads->scores(h.ordered(0), 0, heads->n(), p.head_scores.data());
+    heads->scores(h.input().q, 0, int(in_tiles(heads->n())) / kTileRows, p.head_scores.data());
     uint8_t* keep = p.heads.data() + size_t((layer + 1) & 1) * size_t(config_.n_heads);
     for (int i = 0; i < heads->n(); i++) keep[i] = heads->predicted(i, p.head_scores[size_t(i)]);
   }
@@ -160,15 +157,15 @@ void Decoder::predict_block(Thread& t, const Pass& pass, int layer, int begin, i
     for (int i = begin; i < end; i++) {
       std::fill(b.h.row(i) + of->rank(), b.h.row(i) + b.h.width(), 0.0f);
       b.h.quantise(i);
-      b.h.order(i);
     }
     // Rows of scores have the same length for both, so that threads stay apart.
-    const size_t ld = size_t(std::max(config_.n_ff, config_.n_heads)), items = size_t(of->n());
+    const size_t ld = in_tiles(std::max(config_.n_ff, config_.n_heads)), items = size_t(of->n());
     float* scores = b.scores.data() + size_t(begin) * ld;
-    if ((of->rank() - 1) / kStripeCols == (b.h.width() - 1) / kStripeCols) {
-      of->scores(b.h.ordered(begin), n, scores, ld, t.gemm_scratch.data());
+    if ((of->rank() - 1) / kSlabCols == (b.h.width() - 1) / kSlabCols) {
+      of->scores(b.h.input(begin).q, n, scores, ld, t.gemm_scratch.data());
     } else {  // the rows of h are longer than this predictor's
-      for (int i = begin; i < end; i++) of->scores(b.h.ordered(i), 0, of->n(), scores + size_t(i - begin) * ld);
+      const int tiles = int(in_tiles(of->n())) / kTileRows;
+      for (int i = begin; i < end; i++) of->scores(b.h.input(i).q, 0, tiles, scores + size_t(i - begin) * ld);
     }
     for (int i = begin; i < end; i++, scores += ld) {
       uint8_t* keep = of == neurons ? b.neurons.data() + size_t(i) * items

@@ -1,10 +1,12 @@
-// Rows of int8 codes become 8-bit rows with scales of 1; their own scale is applied to the sum.
+// int8 codes become rows or panels with scales of 1; a row's own scale is applied to its sum.
 #include "sparse/predictor.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 
+#include "kernels/pack/pack.h"
 #include "kernels/pack/rows.h"
 #include "sparse_run/error.h"
 #include "sparse_run/predictor.h"
@@ -14,18 +16,47 @@ namespace {
 
 constexpr uint16_t kHalfOne = 0x3c00;
 
-NeuronMatrix pack_rows(const int8_t* codes, int rows, int cols, AlignedBuffer<uint8_t>* data) {
+constexpr size_t kHugePage = size_t(2) << 20, kChunk = size_t(8) << 20;
+constexpr int kPanelRows = 1408;  // not a multiple of 512, as models have them
+
+// The codes as the narrowest kind of weight that holds them.
+WeightKind stored_codes(const int8_t* codes, size_t n, std::vector<uint8_t>* out) {
+  const bool narrow = std::all_of(codes, codes + n, [](int8_t c) { return c >= -8 && c <= 7; });
+  const WeightKind kind = narrow ? WeightKind::q4 : WeightKind::q8;
+  out->resize(n);
+  for (size_t i = 0; i < n; i++) (*out)[i] = uint8_t(int(codes[i]) + code_bias(kind));
+  return kind;
+}
+
+NeuronMatrix pack_rows(const int8_t* codes, int rows, int cols, PredictorMemory* memory) {
   NeuronMatrix m;
-  m.kind = WeightKind::q8;
+  std::vector<uint8_t> shifted;
+  m.kind = stored_codes(codes, size_t(rows) * cols, &shifted);
   m.neurons = rows;
   m.cols = cols;
   m.gated = false;
-  std::vector<uint8_t> shifted(size_t(rows) * cols);
-  for (size_t i = 0; i < shifted.size(); i++) shifted[i] = uint8_t(int(codes[i]) + code_bias(m.kind));
   const std::vector<uint16_t> ones(size_t(rows) * m.slabs(), kHalfOne);
-  data->reset(m.total_bytes(), "a predictor");
-  pack_neurons(m, shifted.data(), ones.data(), nullptr, data->data());
-  m.data = data->data();
+  uint8_t* out = memory->take(m.total_bytes());
+  pack_neurons(m, shifted.data(), ones.data(), nullptr, out);
+  m.data = out;
+  return m;
+}
+
+PanelMatrix pack_panels(const int8_t* codes, int rows, int cols, PredictorMemory* memory) {
+  PanelMatrix m;
+  std::vector<uint8_t> shifted;
+  m.kind = stored_codes(codes, size_t(rows) * cols, &shifted);
+  m.rows = rows;
+  m.cols = cols;
+  m.panel_rows = std::min(kPanelRows, m.padded_rows());
+  const std::vector<uint16_t> ones(size_t(m.panel_rows) * m.slabs(), kHalfOne);
+  uint8_t* out = memory->take(m.total_bytes());
+  m.data = out;
+  for (int r = 0; r < rows; r += m.panel_rows) {
+    const int n = std::min(m.panel_rows, rows - r);
+    pack_panel(m.kind, shifted.data() + size_t(r) * cols, ones.data(), nullptr, n, cols, m.group, out);
+    out += panel_bytes(m.kind, n, cols, m.group, false);
+  }
   return m;
 }
 
@@ -41,15 +72,31 @@ std::vector<float> finite(const float* values, int n, const char* what) {
 
 }  // namespace
 
-LowRank::LowRank(const LowRankWeights& w, int width)
+uint8_t* PredictorMemory::take(size_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  if (bytes > left_) {
+    const size_t size = std::max(kChunk, (bytes + kHugePage - 1) / kHugePage * kHugePage);
+    chunks_.emplace_back(size + kHugePage, "a predictor");
+    AlignedBuffer<uint8_t>& chunk = chunks_.back();
+    prefer_huge_pages(chunk.data(), chunk.size());
+    at_ = chunk.data() + (kHugePage - reinterpret_cast<uintptr_t>(chunk.data()) % kHugePage) % kHugePage;
+    left_ = size;
+  }
+  uint8_t* out = at_;
+  at_ += bytes;
+  left_ -= bytes;
+  return out;
+}
+
+LowRank::LowRank(const LowRankWeights& w, int width, PredictorMemory* memory)
     : a_scale_(finite(w.a_scale, w.rank, "a_scale")),
       b_scale_(finite(w.b_scale, w.n, "b_scale")),
       threshold_(finite(w.threshold, w.n, "threshold")) {
-  a_ = pack_rows(w.a, w.rank, width, &a_data_);
-  b_ = pack_rows(w.b, w.n, w.rank, &b_data_);
+  a_ = pack_rows(w.a, w.rank, width, memory);
+  b_ = pack_panels(w.b, w.n, w.rank, memory);
 }
 
-size_t LowRank::scratch_bytes() const { return std::max(rows_scratch_bytes(a_), rows_scratch_bytes(b_)); }
+size_t LowRank::scratch_bytes() const { return std::max(rows_scratch_bytes(a_), gemm_scratch_bytes(b_)); }
 
 void LowRank::hidden(const RowVector& x, int begin, int end, float* hidden) const {
   if (begin < end) kernels().rows_q(a_, x, nullptr, begin, end, nullptr, hidden);
@@ -63,12 +110,29 @@ void LowRank::hidden(const RowVector& x, int count, float* hidden, size_t ld, vo
   }
 }
 
-void LowRank::scores(const RowVector& hidden, int begin, int end, float* scores) const {
-  if (begin < end) kernels().rows_q(b_, hidden, nullptr, begin, end, nullptr, scores);
+void LowRank::scores(const QuantVector& hidden, int tile_begin, int tile_end, float* scores) const {
+  if (tile_begin < tile_end) kernels().gemv_q(b_, hidden, tile_begin, tile_end, scores);
 }
 
-void LowRank::scores(const RowVector& hidden, int count, float* scores, size_t ld, void* scratch) const {
-  if (count) kernels().rows_gemm_q(b_, hidden, count, nullptr, 0, n(), nullptr, scores, ld, scratch);
+void LowRank::scores(const QuantVector& hidden, int count, float* scores, size_t ld, void* scratch) const {
+  if (count) kernels().gemm_q(b_, hidden, count, 0, b_.tiles(), scores, ld, scratch);
+}
+
+int LowRank::list(int begin, int end, const float* scores, int32_t* ids) const {
+  constexpr int kStep = 64;
+  int count = 0;
+  for (int i = begin; i < end; i += kStep) {
+    // Flags first, by vector instructions; then only those that are set are looked at.
+    uint8_t flags[kStep] = {};
+    const int n = std::min(kStep, end - i);
+    for (int k = 0; k < n; k++) flags[k] = predicted(i + k, scores[i + k]);
+    for (int k = 0; k < kStep; k += 8) {
+      uint64_t word;
+      std::memcpy(&word, flags + k, 8);
+      for (; word; word &= word - 1) ids[count++] = i + k + __builtin_ctzll(word) / 8;
+    }
+  }
+  return count;
 }
 
 }  // namespace sr

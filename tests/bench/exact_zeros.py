@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """What exact zeros bring: decode speed of a model whose gates are 0 for 90% of the neurons, against its own dense paths.
 
-    make_random_llama.py r1b.gguf --shape 1b --type q4_0
+    make_random_llama.py r1b.gguf --shape 1b --type q4_0 --gate-rank 128
     exact_zeros.py r1b.gguf --work DIR                        converts, sets the activation, measures
-    exact_zeros.py r1b.gguf --work DIR --predict 0.2          the same with a predictor that names 20% of the neurons
+    exact_zeros.py r1b.gguf --work DIR --predict 0.15         the same with a predictor that names 15% of the neurons
 
 The model is one of random weights: it gets a FATReLU whose threshold is the wanted quantile of its own gates, so its zeros
 are spread over the neurons at random, anew for every token, and no order of neurons or habit of a text helps. The variants
 take turns, each decoding the same tokens: dense with gate and up in panels, dense with records of neurons, exact skipping
-in both. A predictor of random weights costs what a trained one of its rank does; which neurons it names is chance, so exact
-zeros among them are not skipped there (of a trained one's, most are not 0): all three rows of what it names are read, a
-little more than a trained one of this density would have read. It shows speed and nothing else.
+in both. The predictor is the best approximation of the gates by matrices of its rank, with the wanted quantile of its own
+scores as threshold. Of gates made with a rank (`--gate-rank`) it finds most neurons that are not 0, as trained predictors do
+in naturally sparse models, and `recall` says how many; of gates drawn weight by weight it finds few, so down reads almost
+nothing and the speed means nothing. With `+ exact`, up rows and columns of down are read only of neurons that are named and
+not 0.
 
-Ratios are of rates in the same round, against whichever dense variant has the higher median. One JSON object to standard
-output.
+Ratios are of rates in the same round, against whichever dense variant has the higher median; `by_bytes` is what the bytes
+that were read allow. One JSON object to standard output.
 """
 
 from __future__ import annotations
@@ -69,23 +71,62 @@ def prepare(gguf: Path, work: Path, zeros: float, threads: int) -> dict[str, Pat
     return out
 
 
-def random_predictor(config: dict[str, Any], rank: int, share: float) -> dict[str, NDArray[Any]]:
-    """Scores of random products are Gaussian: the threshold is a quantile."""
-    rng = np.random.default_rng(1)
-    n_embd, n_ff, arrays = config["n_embd"], config["n_ff"], {}
-    quantile = statistics.NormalDist().inv_cdf(1 - share)
-    for layer in range(config["n_layers"]):
-        a, b = (rng.integers(-127, 128, shape).astype(np.int8) for shape in ((rank, n_embd), (n_ff, rank)))
-        std = 127 / np.sqrt(3)
-        made = {
-            "a": a,
-            "a_scale": np.full(rank, 1 / (std * np.sqrt(n_embd)), np.float32),
-            "b": b,
-            "b_scale": np.full(n_ff, 1 / (std * np.sqrt(rank)), np.float32),
-            "threshold": np.full(n_ff, quantile, np.float32),
-        }
+def quantise(weights: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Rows as codes of so many bits and one scale each."""
+    most = 2 ** (bits - 1) - 1
+    scale = np.abs(weights).max(axis=1) / most
+    return np.rint(weights / scale[:, None]).astype(np.int8), scale.astype(np.float32)
+
+
+def low_rank_predictor(
+    gguf: Path, packed: Path, rank: int, bits: int, share: float, ids: NDArray[np.int32], threads: int
+) -> dict[str, NDArray[Any]]:
+    """The gates' nearest matrices of this rank, and the quantile of their scores that names this share."""
+    import gguf as gguf_package
+    from sparse_run import _core
+
+    tensors = {t.name: t for t in gguf_package.GGUFReader(gguf).tensors}
+    model = _core.Model(str(packed), threads)
+    session = _core.Session(model, len(ids))
+    x, rng, arrays = session.embed(ids), np.random.default_rng(1), {}
+    for layer in range(json.loads(model.config_json)["n_layers"]):
+        tensor = tensors[f"blk.{layer}.ffn_gate.weight"]
+        gates = gguf_package.quants.dequantize(tensor.data, tensor.tensor_type)
+        gates = gates * tensors[f"blk.{layer}.ffn_norm.weight"].data
+        # Subspace iteration: the span of the largest singular vectors.
+        basis = rng.standard_normal((gates.shape[1], rank), dtype=np.float32)
+        for _ in range(2):
+            basis = np.linalg.qr(gates.T @ (gates @ basis))[0]
+        a, a_scale = quantise(basis.T, bits)
+        b, b_scale = quantise(gates @ basis, bits)
+        h = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True))
+        scores = (h @ (a.T * a_scale)) @ (b.T * b_scale[None, :])
+        threshold = np.full(len(gates), np.quantile(scores, 1 - share), np.float32)
+        made = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "threshold": threshold}
         arrays |= {f"predictor.{layer}.neurons.{key}": value for key, value in made.items()}
+        x, _ = session.run_layer(layer, 0, x)
+    model.close()
     return arrays
+
+
+def predictor_arrays(args: argparse.Namespace, packed: Path) -> dict[str, NDArray[Any]]:
+    """Made once, kept beside the conversions."""
+    kept = args.work / f"{args.gguf.stem}-predictor-{args.rank}-{args.bits}-{args.predict}-{args.zeros}.npz"
+    if not kept.exists():
+        print(f"making {kept}", file=sys.stderr)
+        ids = np.random.default_rng(3).integers(0, 1000, 4 * PROMPT).astype(np.int32)
+        made = low_rank_predictor(args.gguf, packed, args.rank, args.bits, args.predict, ids, args.threads)
+        np.savez(kept, **made)
+    with np.load(kept) as arrays:
+        return dict(arrays)
+
+
+def head_bytes(gguf: Path) -> int:
+    """What every token reads outside the layers."""
+    import gguf as gguf_package
+
+    sizes = {t.name: int(t.n_bytes) for t in gguf_package.GGUFReader(gguf).tensors}
+    return sizes.get("output.weight", sizes["token_embd.weight"])
 
 
 def main() -> None:
@@ -97,16 +138,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--gen", type=int, default=24, help="tokens of a variant and round")
     parser.add_argument("--predict", type=float, default=0, help="share of the neurons that a predictor names; 0: none")
-    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=128, help="of the predictor")
+    parser.add_argument("--bits", type=int, default=8, choices=(4, 8), help="of a predictor's weight")
     parser.add_argument("--prepare", action="store_true", help="only convert")
     args = parser.parse_args()
     from sparse_run import _core
 
     paths = prepare(args.gguf, args.work, args.zeros, args.threads)
+    arrays = predictor_arrays(args, paths["neurons"]) if args.predict else {}
     if args.prepare:
         return
     models = {layout: _core.Model(str(path), args.threads) for layout, path in paths.items()}
-    config = json.loads(models["neurons"].config_json)
     n_ctx = PROMPT + args.gen * args.rounds
     sessions: dict[str, _core.Session] = {}
     for layout, model in models.items():
@@ -114,10 +156,12 @@ def main() -> None:
             sessions[f"{layout}, {'exact' if exact else 'dense'}"] = session = _core.Session(model, n_ctx)
             session.set_exact(exact)
     if args.predict:
-        sessions["neurons, predicted"] = session = _core.Session(models["neurons"], n_ctx)
-        predictor = _core.Predictor(models["neurons"], random_predictor(config, args.rank, args.predict), dense_tokens=0)
-        session.set_predictor(predictor)
-        session.set_exact(False)
+        predictor = _core.Predictor(models["neurons"], arrays, dense_tokens=0)
+        for exact in (False, True):
+            name = "neurons, predicted" + (" + exact" if exact else "")
+            sessions[name] = session = _core.Session(models["neurons"], n_ctx)
+            session.set_predictor(predictor)
+            session.set_exact(exact)
     ids = np.random.default_rng(2).integers(0, 1000, n_ctx).astype(np.int32)
     for session in sessions.values():
         session.eval(ids[:PROMPT])
@@ -133,19 +177,31 @@ def main() -> None:
                 sessions[name].eval(ids[at : at + 1])
             rates[name].append(args.gen / (time.perf_counter() - start))
     dense = max((rates["panels, dense"], rates["neurons, dense"]), key=statistics.median)
-    report: dict[str, Any] = {"schema": 1, "model": args.gguf.name, "isa": models["neurons"].isa, "threads": args.threads}
+    report: dict[str, Any] = {
+        "schema": 1,
+        "model": args.gguf.name,
+        "isa": models["neurons"].isa,
+        "threads": args.threads,
+    }
+    whole, head = models["neurons"].bytes_per_token, head_bytes(args.gguf)
     for name, session in sessions.items():
+        density = session.density()
         ratios = [x / d for x, d in zip(rates[name], dense, strict=True)]
         report[name] = {
             "tokens_per_s": round(statistics.median(rates[name]), 2),
             "against_dense": round(statistics.median(ratios), 3),
             "lowest": round(min(ratios), 3),
             "highest": round(max(ratios), 3),
-            "density": {key: round(value, 4) for key, value in session.density().items()},
+            "by_bytes": round(whole / (head + density.get("body", 1) * (whole - head)), 3),
+            "density": {key: round(value, 4) for key, value in density.items()},
         }
     if args.predict:
+        session.set_predictor(predictor, measure=True)
+        session.truncate(0)
+        session.eval(ids[:PROMPT])
+        report["recall"] = round(session.density()["recall"], 4)
         report["predictor_bytes"] = predictor.nbytes
-    report["bytes_per_token"] = models["neurons"].bytes_per_token
+    report["bytes_per_token"] = whole
     print(json.dumps(report, indent=1))
 
 

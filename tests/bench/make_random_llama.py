@@ -6,6 +6,9 @@
 The blocks of quantised types are drawn directly (uniform codes, scales around the value that gives the wanted standard
 deviation), tensor by tensor: no float model is ever held, and the same seed gives the same file. The 1b and 3b shapes
 are those of Llama-3.2 (tied embeddings, vocabulary of 128,256); the tokenizer is a small working byte-level BPE.
+
+`--gate-rank R` makes every FFN's gate a product of random factors of that rank, then quantised: a small predictor can tell
+which of its neurons a token needs, as it can in naturally sparse models, and cannot where all weights are drawn apart.
 """
 
 from __future__ import annotations
@@ -132,14 +135,48 @@ def random_source(name: str, shape: tuple[int, ...], kind: str, seed: list[int],
     return TensorSource(name, shape, qtype, rows * row_bytes, quantised)
 
 
-def make(path: Path, shape_name: str, kind: str, head_kind: str, seed: int, progress: Callable[[str], None]) -> None:
+def low_rank_source(
+    name: str, shape: tuple[int, int], rank: int, kind: str, seed: list[int], std: float
+) -> TensorSource:
+    """A matrix of that rank and standard deviation, but for the rounding of its blocks."""
+    import gguf
+
+    qtype = gguf.GGMLQuantizationType[kind.upper()]
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
+    rows, cols = shape
+
+    def quantised() -> NDArray[Any]:
+        rng = np.random.default_rng(seed)
+        right = rng.standard_normal((rank, cols), dtype=np.float32)
+        out = np.empty((rows, cols // per_block * block_bytes), np.uint8)
+        for r in range(0, rows, 1024):
+            left = rng.standard_normal((min(1024, rows - r), rank), dtype=np.float32) * np.float32(std / rank**0.5)
+            out[r : r + len(left)] = gguf.quants.quantize(left @ right, qtype)
+        return out
+
+    return TensorSource(name, shape, qtype, rows * (cols // per_block * block_bytes), quantised)
+
+
+def make(
+    path: Path,
+    shape_name: str,
+    kind: str,
+    head_kind: str,
+    seed: int,
+    gate_rank: int,
+    progress: Callable[[str], None],
+) -> None:
     """Writes the file under a temporary name and renames it when it is whole."""
     shape = SHAPES[shape_name]
     sources = []
     for index, (name, dims) in enumerate(shape.tensors()):
         use = head_kind if name in ("token_embd.weight", "output.weight") else kind
         # 1/sqrt(inputs) keeps activations at the scale of their input whatever the width.
-        sources.append(random_source(name, dims, use, [seed, index], dims[-1] ** -0.5))
+        std = dims[-1] ** -0.5
+        if gate_rank and name.endswith("ffn_gate.weight"):
+            sources.append(low_rank_source(name, (dims[0], dims[1]), gate_rank, use, [seed, index], std))
+        else:
+            sources.append(random_source(name, dims, use, [seed, index], std))
     size = sum(s.nbytes for s in sources)
     progress(f"{path}: {shape_name} shape, {kind}, embedding {head_kind}, {size / 1e6:.0f} MB of weights")
     part = path.with_name(path.name + ".part")
@@ -158,8 +195,19 @@ def main() -> None:
         "--head-type", choices=TYPES, help="type of the embedding, which is also the head (default: --type)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gate-rank", type=int, default=0, help="rank of the FFNs' gates; 0: drawn weight by weight")
     args = parser.parse_args()
-    make(args.out, args.shape, args.type, args.head_type or args.type, args.seed, lambda s: print(s, file=sys.stderr))
+    if args.gate_rank and args.type not in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"):
+        parser.error(f"--gate-rank rounds to q4_0, q4_1, q5_0, q5_1 or q8_0, not to {args.type}")
+    make(
+        args.out,
+        args.shape,
+        args.type,
+        args.head_type or args.type,
+        args.seed,
+        args.gate_rank,
+        lambda s: print(s, file=sys.stderr),
+    )
 
 
 if __name__ == "__main__":

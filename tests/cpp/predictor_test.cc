@@ -31,11 +31,21 @@ struct Random {
   std::vector<int8_t> a, b;
   std::vector<float> a_scale, b_scale, threshold;
   LowRankWeights w;
-  Random(int n_embd, int rank, int n, float at, uint32_t seed) {
+  // Multiplies all codes; their scales make up for it.
+  void widen(int by) {
+    for (auto* codes : {&a, &b}) {
+      for (int8_t& c : *codes) c = int8_t(c * by);
+    }
+    for (auto* scales : {&a_scale, &b_scale}) {
+      for (float& f : *scales) f /= float(by);
+    }
+  }
+  // Codes: up to 127, or so many.
+  Random(int n_embd, int rank, int n, float at, uint32_t seed, int most = 127) {
     std::mt19937 rng(seed);
     const auto codes = [&](size_t count) {
       std::vector<int8_t> out(count);
-      for (auto& c : out) c = int8_t(int(rng() % 255) - 127);
+      for (auto& c : out) c = int8_t(int(rng() % uint32_t(2 * most + 1)) - most);
       return out;
     };
     a = codes(size_t(rank) * n_embd);
@@ -125,6 +135,38 @@ TEST_CASE("predictors: all predicted is dense; decode has the bits of masked blo
       }
     }
   }
+}
+
+TEST_CASE("predictors: small codes take half of the bytes and name the same neurons and heads") {
+  const TinySpec spec = spec_of("silu", true);
+  const TinyModel tiny(spec);
+  const Model model = open_model(tiny, 2);
+  const auto ids = some_tokens(30, spec.n_vocab);
+  Session s(model, 64);
+  std::vector<float> out[2];
+  size_t bytes[2];
+  double kept[2];
+  for (int wide : {0, 1}) {
+    Predictor p(model, 0);
+    for (int l = 0; l < spec.n_layers; l++) {
+      Random neurons(spec.n_embd, 96, spec.n_ff, 0.0f, 6, 7), heads(spec.n_embd, 40, spec.n_heads, 0.0f, 7, 7);
+      if (wide) neurons.widen(16);
+      if (wide) heads.widen(16);
+      p.set_neurons(l, neurons.w);
+      if (l) p.set_heads(l, heads.w);
+    }
+    bytes[wide] = p.bytes();
+    s.truncate(0);
+    s.density();
+    s.set_predictor(&p, true, false);
+    out[wide] = stepwise(s, ids);
+    kept[wide] = s.density().site[5];
+    s.truncate(0);
+    CHECK(same_bits(in_blocks(s, ids), out[wide]));
+  }
+  CHECK(same_bits(out[0], out[1]));
+  CHECK(kept[0] > 0.1 && kept[0] < 0.9);
+  CHECK(double(bytes[0]) < 0.65 * double(bytes[1]));
 }
 
 TEST_CASE("predictors: nothing predicted leaves only the attention; no head leaves only the FFN") {

@@ -9,7 +9,7 @@
 namespace sr {
 
 // scores = b_scale * (B (a_scale * (A h))), h being the residual stream at root mean square 1; item i is predicted
-// where scores[i] > threshold[i].
+// where scores[i] > threshold[i]. A matrix whose codes are all in -8 .. 7 is kept, and read, in 4 bits a weight.
 struct LowRankWeights {
   int rank = 0, n = 0;
   const int8_t* a = nullptr;         // [rank, n_embd]
