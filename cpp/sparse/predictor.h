@@ -1,4 +1,4 @@
-// Predictors of a whole model at run time. A has long rows and lies by rows; the rows of B are as short as the rank, so it
+// Predictors of a whole model at run time. A has long rows and lies by rows; rows of B are as short as the rank, so it
 // lies in panels, in which no register is half empty and no row is padded to a line.
 #pragma once
 
