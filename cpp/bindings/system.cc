@@ -37,6 +37,25 @@ py::dict cpu_info_dict() {
   return d;
 }
 
+// None for what is not known.
+py::dict gpu_info_dict() {
+  const GpuInfo g = gpu_info();
+  const auto text = [](const std::string& s) -> py::object { return s.empty() ? py::object(py::none()) : py::str(s); };
+  py::dict d;
+  d["built"] = g.built;
+  d["toolkit"] = text(g.toolkit);
+  d["architectures"] = text(g.architectures);
+  d["driver_cuda"] = text(g.driver_cuda);
+  d["devices"] = g.devices;
+  d["name"] = text(g.name);
+  d["capability"] = text(g.capability);
+  d["code"] = text(g.code);
+  d["multiprocessors"] = g.multiprocessors;
+  d["memory_bytes"] = g.memory_bytes;
+  d["free_bytes"] = g.free_bytes;
+  return d;
+}
+
 void set_python_log_sink(const py::object& sink, int level) {
   if (!sink.is_none() && !PyCallable_Check(sink.ptr())) {
     throw Error(ErrorCode::usage, "sink must be callable or None");
@@ -63,6 +82,7 @@ void bind_system(py::module_& m) {
   m.def("isa_list", &isa_list, "Instruction sets of this build, best first.");
   m.def("cpu_info", &cpu_info_dict, "Brand, features and core counts of this processor.");
   m.def("gpu_problem", &gpu_problem, "Why no GPU can be used, in one line; \"\" where one can.");
+  m.def("gpu_info", &gpu_info_dict, "The first GPU, the driver, and what this build has for them.");
   m.def("default_threads", &default_threads, "Physical cores allowed by the affinity mask and the cgroup quota.");
   m.def("stream_gb_per_s", &stream_gb_per_s, py::arg("threads"), py::arg("megabytes") = 512, py::arg("repetitions") = 5,
         py::call_guard<py::gil_scoped_release>(), "Read rate of this machine's memory, GB/s, one value a repetition.");

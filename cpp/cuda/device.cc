@@ -94,8 +94,14 @@ std::string device_problem() {
   int n = 0;
   const cudaError_t found = cudaGetDeviceCount(&n);
   cudaGetLastError();  // or the first kernel would be blamed for it
-  if (found == cudaErrorInsufficientDriver)
-    return "no NVIDIA driver, or one too old for this build: install it, or use --device cpu";
+  if (found == cudaErrorInsufficientDriver) {
+    int driver = 0, runtime = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || !driver)
+      return "no NVIDIA driver was found: install it, or use --device cpu";
+    cudaRuntimeGetVersion(&runtime);
+    return "the NVIDIA driver is for CUDA " + version_text(driver) + ", this build for " + version_text(runtime) +
+           ": update the driver, build with an older toolkit, or use --device cpu";
+  }
   if (found != cudaSuccess || n == 0) return "no NVIDIA GPU was found: use --device cpu";
   cudaDeviceProp device;
   if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return "the GPU does not answer: use --device cpu";

@@ -17,6 +17,14 @@ def cpu_info() -> dict[str, Any]:
 def gpu_problem() -> str:
     """Why this build cannot use a GPU on this machine, in one line with the remedy; "" where it can."""
 
+def gpu_info() -> dict[str, Any]:
+    """The first GPU, the driver, and this build's code for them; None (0 for counts) for what is not known.
+
+    {"built": bool, "toolkit": str, "architectures": str, "driver_cuda": str, "devices": int, "name": str, "capability": str,
+    "code": str, "multiprocessors": int, "memory_bytes": int, "free_bytes": int}; code: compute capability of the machine code
+    that runs there.
+    """
+
 def default_threads() -> int:
     """Physical cores allowed by the affinity mask and the cgroup quota."""
 

@@ -1,8 +1,9 @@
 // What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER]]. With 0 layers: two small ones, which shows that
 // the program works, emulated too. Prints the copy rate of the device, the products alone, and decoding through the
-// engine: dense, greedy, with half of all columns left out, with half of the neurons on the CPU, and with the exact
-// zeros of a ReLU left out. The models are random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and
-// removed. No timing is taken while anything else than the step runs; medians of repetitions.
+// engine: dense, greedy, drawn from the likeliest tokens, with half of all columns left out, with half of the neurons
+// on the CPU, and with the exact zeros of a ReLU left out; dense, columns and zeros once more with kernels that start
+// before the one before is over, and without graphs. The models are random bits, written into FOLDER (default /tmp;
+// 3.8 GB at 32 layers) and removed. No timing is taken while anything else than the step runs; medians of repetitions.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -33,6 +34,7 @@ struct Shape {
 constexpr Shape kSevenB = {4096, 32, 128, 11008, 32000, 1664};  // Llama-2-7B
 constexpr Shape kSmall = {128, 4, 32, 256, 300, 128};
 Shape shape = kSevenB;
+bool wrong = false;  // what must be the same was not
 
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
@@ -379,11 +381,11 @@ Model open(const std::string& path, size_t device_memory = 0) {
   return Model(options);
 }
 
-// Greedy decoding, of which the host sees a token at a time.
-double greedy_rate(Session& session, int past, int tokens) {
-  SamplerOptions greedy;
-  greedy.temperature = 0;
-  Sampler sampler(greedy);
+// Decoding with a sampler of this temperature and the usual options: the host sees a token, or the likeliest ones.
+double sampled_rate(Session& session, int past, int tokens, float temperature) {
+  SamplerOptions options;
+  options.temperature = temperature;
+  Sampler sampler(options);
   decode(session, past, 1);
   std::vector<double> times;
   for (int i = 0; i < tokens; i++) {
@@ -392,6 +394,29 @@ double greedy_rate(Session& session, int past, int tokens) {
     if (i) times.push_back(std::chrono::duration<double>(Clock::now() - t0).count());
   }
   return 1 / median(times);
+}
+
+// What else the decoder can do (cpp/kernels/cuda/README.md), and how it is asked for.
+struct Switch {
+  const char *name, *value, *what;
+};
+constexpr Switch kSwitches[] = {{"SPARSE_RUN_CUDA_OVERLAP", "1", "kernels that start early"},
+                                {"SPARSE_RUN_CUDA_GRAPHS", "0", "without graphs"}};
+class Switched {
+ public:
+  explicit Switched(const Switch& s) : name_(s.name) { setenv(s.name, s.value, 1); }
+  ~Switched() { unsetenv(name_); }
+  Switched(const Switched&) = delete;
+  Switched& operator=(const Switched&) = delete;
+
+ private:
+  const char* name_;
+};
+
+void set_sites(Sparsity* s, const std::vector<std::vector<float>>& cuts) {
+  const char* names[] = {"A", "O", "M", "Z"};
+  for (size_t l = 0; l < cuts.size(); l++)
+    for (size_t i = 0; i < 4; i++) s->set(names[i], int(l), &cuts[l][i], 1);
 }
 
 // The same model with room for about half of its neurons: the CPU computes the others.
@@ -418,7 +443,8 @@ void whole(const std::string& folder, int layers, double copy, bool tiny) {
         "decode, %d layers of %s shape, 4 bits, dense: %.1f tok/s, %.2f ms, %.1f GB/s = %.0f%% of the copy rate "
         "(target 75%%)\n",
         layers, tiny ? "a small" : "7B", dense.tokens_per_s, dense.ms, rate, 100 * rate / copy);
-    std::printf("greedy, sampled on the device: %.1f tok/s\n", greedy_rate(session, past, tokens));
+    std::printf("greedy, chosen on the device: %.1f tok/s\n", sampled_rate(session, past, tokens, 0));
+    std::printf("drawn from the device's likeliest tokens: %.1f tok/s\n", sampled_rate(session, past, tokens, 0.8f));
     std::vector<int32_t> prompt(static_cast<size_t>(prompted));
     for (size_t i = 0; i < prompt.size(); i++) prompt[i] = int32_t(1 + i * 37 % (shape.vocab - 1));
     std::vector<double> times;
@@ -432,9 +458,7 @@ void whole(const std::string& folder, int layers, double copy, bool tiny) {
 
     const auto cuts = quantiles(session, layers, 0.5, 15);
     Sparsity half(model, 0);
-    const char* names[] = {"A", "O", "M", "Z"};
-    for (int l = 0; l < layers; l++)
-      for (int i = 0; i < 4; i++) half.set(names[i], l, &cuts[size_t(l)][size_t(i)], 1);
+    set_sites(&half, cuts);
     session.truncate(0);
     session.set_sparsity(&half, false);
     session.density();
@@ -445,6 +469,24 @@ void whole(const std::string& folder, int layers, double copy, bool tiny) {
         "1.5x)\n",
         100 * d.site[0], 100 * d.site[1], 100 * d.site[2], 100 * d.site[3], sparse.tokens_per_s,
         sparse.tokens_per_s / dense.tokens_per_s);
+    const auto logits = [](const Session& s) { return std::vector<float>(s.logits(), s.logits() + s.n_vocab()); };
+    for (const Switch& w : kSwitches) {
+      const Switched on(w);
+      const Model again = open(synthetic.path());
+      Session other(again, 1024);
+      const Decoding d2 = decode(other, past, tokens);
+      session.set_sparsity(nullptr, false);
+      decode(session, past, tokens);
+      const bool same = logits(session) == logits(other);
+      Sparsity other_half(again, 0);
+      set_sites(&other_half, cuts);
+      other.set_sparsity(&other_half, false);
+      const Decoding s2 = decode(other, past, tokens);
+      std::printf("%s: dense %.1f tok/s, %.2fx; half of the columns %.1f tok/s, %.2fx; logits %s\n", w.what,
+                  d2.tokens_per_s, d2.tokens_per_s / dense.tokens_per_s, s2.tokens_per_s,
+                  s2.tokens_per_s / sparse.tokens_per_s, same ? "the same" : "DIFFER");
+      wrong = wrong || !same;
+    }
     divided(synthetic.path(), model.device_memory(), past, tokens, dense.tokens_per_s);
   }
   const Synthetic synthetic(folder, layers, true);
@@ -465,11 +507,21 @@ void whole(const std::string& folder, int layers, double copy, bool tiny) {
   const Density d = session.density();
   std::printf("ReLU by neuron, %.0f%% of the neurons exactly 0: %.1f tok/s, %.2fx its own dense at %.1f (target 2x)\n",
               100 - 100 * d.site[4], sparse.tokens_per_s, sparse.tokens_per_s / dense.tokens_per_s, dense.tokens_per_s);
+  const Switched on(kSwitches[0]);
+  const Model again = open(synthetic.path());
+  Session other(again, 1024);
+  other.set_exact(false);
+  const Decoding dense2 = decode(other, past, tokens);
+  other.set_exact(true);
+  const Decoding sparse2 = decode(other, past, tokens);
+  std::printf("the same, %s: %.1f tok/s, %.2fx its own dense at %.1f\n", kSwitches[0].what, sparse2.tokens_per_s,
+              sparse2.tokens_per_s / dense2.tokens_per_s, dense2.tokens_per_s);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a run that is cut off has printed what it found
   try {
     const int layers = argc > 1 ? std::atoi(argv[1]) : 32;
     const std::string folder = argc > 2 ? argv[2] : "/tmp";
@@ -488,7 +540,7 @@ int main(int argc, char** argv) {
       shape = kSmall;
       products(s, "small", 320, 256, copy, footprint);
       whole(folder, 2, copy, true);
-      return 0;
+      return wrong;
     }
     products(s, "q, k, v", 3 * shape.embd, shape.embd, copy, footprint);
     products(s, "o", shape.embd, shape.embd, copy, footprint);
@@ -496,7 +548,7 @@ int main(int argc, char** argv) {
     products(s, "down", shape.embd, shape.ff, copy, footprint);
     products(s, "head", shape.vocab, shape.embd, copy, footprint);
     whole(folder, layers, copy, false);
-    return 0;
+    return wrong;
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;

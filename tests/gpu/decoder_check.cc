@@ -329,6 +329,13 @@ TEST_CASE(
   options.device = "auto";
   CHECK_EQ(Model(options).device(), std::string("cpu"));
   sr_emu::faults.devices = 1;
+  options.device = "cuda";
+  sr_emu::faults.driver = 11040;
+  CHECK_THROWS(Model(options), Error, "the NVIDIA driver is for CUDA 11.4, this build for 12.4: update the driver");
+  CHECK_EQ(device_info().driver_cuda, std::string("11.4"));
+  sr_emu::faults.driver = 0;
+  CHECK_THROWS(Model(options), Error, "no NVIDIA driver was found");
+  sr_emu::faults.driver = 12080;
   sr_emu::faults.no_image = true;
   options.device = "cuda";
   CHECK_THROWS(Model(options), Error, "no code for emulated GPU, compute capability 7.5 (no kernel image");

@@ -1,6 +1,6 @@
 """The tiny model's golden stories by a program that runs on the GPU.
 
-`golden.py pack STORIES_DIR MODEL_DIR` converts stories260K (Python with sparse_run's needs); `golden.py tell GENERATE_STORY
+`golden.py pack STORIES_DIR MODEL_DIR` converts stories260K (Python with sparse_run's needs; 2 MB at most); `golden.py tell GENERATE_STORY
 MODEL_DIR [TOKENS]` compares, whole or TOKENS of each story (Python alone). Exit status 1: some tokens differ.
 """
 
@@ -20,10 +20,14 @@ def pack(stories: Path, model: Path) -> None:
     sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "python")]
     from llama2c import stories_to_gguf
 
+    model.parent.mkdir(parents=True, exist_ok=True)
     gguf = stories_to_gguf(stories, model.with_suffix(".gguf"))
     path = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "sparse_run", "convert", str(gguf), str(model)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+    gguf.unlink()
+    size = sum(file.stat().st_size for file in model.iterdir())
+    print(f"{model}: {size / 1e6:.1f} MB", flush=True)
 
 
 def tell(program: str, model: Path, tokens: int | None = None, device: str = "cuda") -> int:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go: builds with CUDA, holds every kernel, the device decoder and divided models
-# to the CPU on fresh random data, tells the tiny model's golden stories on the GPU, prints the benchmark table.
+# to the CPU on fresh random data, tells the tiny model's golden stories on the GPU, has compute-sanitizer look for
+# races, prints the benchmark table. How a short session is best used: tests/gpu/README.md.
 #   tests/gpu/run.sh [--only PART,PART...] [--layers N] [--scratch FOLDER] [--story MODEL_DIR] [--results FOLDER]
 #                    [--rehearse]
-# --only: some of build, check, stories, bench, torch; the others are left out, so that a session that is cut into
-#   short commands can go on where it was.
+# --only: some of build, check, stories, bench, torch, sanitize; the others are left out, so that a session that is cut
+#   into short commands can go on where it was. No step takes longer than SPARSE_RUN_STEP_LIMIT seconds (570).
 # --layers: of the 7B-shape model (32: 3.8 GB on disk and on the GPU).
 # --story: stories260K, packed (`python3 tests/gpu/golden.py pack STORIES_DIR MODEL_DIR` where Python has what that
 #   needs); else it is made here from SPARSE_RUN_TEST_SHARED.
@@ -12,7 +13,7 @@
 #   figures mean nothing.
 # Needs nvcc (or CUDACXX), g++, CMake, Python 3, a GPU and its nvidia-smi; no network. PyTorch with CUDA and
 # compute-sanitizer are used where they are. Prints into tests/gpu/results/ with date, device and commit
-# (SPARSE_RUN_COMMIT where there is no git).
+# (SPARSE_RUN_COMMIT where there is no git), line by line, so that a session that is cut off has kept what it found.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -21,7 +22,8 @@ usage() {
   exit 2
 }
 layers=32 scratch=${TMPDIR:-/tmp} story='' results=tests/gpu/results rehearse=0
-only=build,check,stories,bench,torch
+only=build,check,stories,bench,torch,sanitize
+limit=${SPARSE_RUN_STEP_LIMIT:-570}
 while [ $# -gt 0 ]; do
   if [ "$1" = --rehearse ]; then rehearse=1 layers=0; shift; continue; fi
   [ $# -ge 2 ] || usage
@@ -36,7 +38,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 for part in ${only//,/ }; do
-  case $part in build | check | stories | bench | torch) ;; *) echo "no part '$part'" >&2; usage ;; esac
+  case $part in build | check | stories | bench | torch | sanitize) ;; *) echo "no part '$part'" >&2; usage ;; esac
 done
 part() { case ",$only," in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
 
@@ -65,13 +67,17 @@ step() {
   printf '\n== %s (%d s)\n' "$*" "$SECONDS"
   "$@" || { echo "FAILED: $*"; failed=1; }
 }
+# A program: stopped where it hangs.
+program() { step timeout --kill-after=10 "$limit" "$@"; }
 
 checks=(products_check vector_check decoder_check split_check)
 teller=generate_story
 [ $rehearse = 0 ] || teller=generate_story_emulated
 make_programs() {
-  # For this machine's GPU only: a fifth of the time.
-  local cuda=(-DSPARSE_RUN_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native)
+  # For this machine's GPU only: a fifth of the time. CMake before 3.24 knows no "native".
+  local gpu
+  gpu=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -dc 0-9 || true)
+  local cuda=(-DSPARSE_RUN_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${gpu:-native}")
   [ $rehearse = 0 ] || cuda=()
   [ -e "$build/CMakeCache.txt" ] || cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DSPARSE_RUN_TESTS=ON \
     -DSPARSE_RUN_PYTHON=OFF "${cuda[@]}" >"$build.log" || { cat "$build.log"; return 1; }
@@ -89,15 +95,10 @@ if part check; then
     step "$build/products_check" "damaged input"
     step "$build/split_check" "plan of a division"
   else
-    for program in "${checks[@]}"; do step "$build/$program"; done
-  fi
-  if [ $rehearse = 0 ] && command -v compute-sanitizer >/dev/null; then
-    # Some drivers and virtual machines refuse it, which says nothing about the kernels.
-    if compute-sanitizer --error-exitcode 9 "$build/products_check" "no such case" 2>&1 | grep -q 'not supported'; then
-      echo "compute-sanitizer is refused by this device: not run"
-    else
-      step compute-sanitizer --error-exitcode 9 "$build/products_check" "leaving columns"
-    fi
+    for name in "${checks[@]}"; do program "$build/$name"; done
+    # The two other ways of decoding (cpp/kernels/cuda/README.md).
+    program env SPARSE_RUN_CUDA_OVERLAP=1 "$build/decoder_check"
+    program env SPARSE_RUN_CUDA_GRAPHS=0 "$build/decoder_check"
   fi
 fi
 
@@ -109,21 +110,42 @@ if part stories; then
   if [ -z "$story" ]; then
     echo "no golden stories: give --story MODEL_DIR, or SPARSE_RUN_TEST_SHARED and a Python with sparse_run's needs"
   elif [ $rehearse = 1 ]; then
-    step python3 tests/gpu/golden.py tell "$build/$teller" "$story" 4
+    program python3 tests/gpu/golden.py tell "$build/$teller" "$story" 4
   else
-    step python3 tests/gpu/golden.py tell "$build/$teller" "$story"
+    program python3 tests/gpu/golden.py tell "$build/$teller" "$story"
+    program env SPARSE_RUN_CUDA_OVERLAP=1 python3 tests/gpu/golden.py tell "$build/$teller" "$story"
   fi
 fi
 
-if part bench; then step "$build/gpu_bench" "$layers" "$scratch"; fi
+if part bench; then program "$build/gpu_bench" "$layers" "$scratch"; fi
 if part torch; then
   if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null ||
     { [ $rehearse = 1 ] && python3 -c 'import torch' 2>/dev/null; }; then
-    step python3 tests/gpu/torch_fp16.py "$layers"
+    program python3 tests/gpu/torch_fp16.py "$layers"
   else
     echo "no PyTorch with CUDA: no fp16 figures beside these"
   fi
 fi
+
+# Last: it takes long, and some drivers and virtual machines refuse it, which says nothing about the kernels.
+sanitize() {
+  if [ $rehearse = 1 ] || ! command -v compute-sanitizer >/dev/null; then
+    echo "no compute-sanitizer is run: $([ $rehearse = 1 ] && echo rehearsed || echo it is not here)"
+    return 0
+  fi
+  if compute-sanitizer --error-exitcode 9 "$build/products_check" "no such case" 2>&1 | grep -q 'not supported'; then
+    echo "compute-sanitizer is refused by this device: not run"
+    return 0
+  fi
+  local tool
+  for tool in memcheck racecheck synccheck; do
+    program compute-sanitizer --tool $tool --error-exitcode 9 "$build/products_check" "leaving columns"
+    program compute-sanitizer --tool $tool --error-exitcode 9 "$build/vector_check" attention
+    program compute-sanitizer --tool $tool --error-exitcode 9 "$build/vector_check" likeliest
+    program compute-sanitizer --tool $tool --error-exitcode 9 "$build/decoder_check" "captured once"
+  done
+}
+if part sanitize; then sanitize; fi
 
 verdict='all of it passed'
 [ $failed = 0 ] || verdict='SOMETHING FAILED'

@@ -236,13 +236,55 @@ def test_the_script_for_a_gpu_works_to_its_end_where_it_is_rehearsed(
         "copy rate (target 75%)",
         "dense (target 1.5x)",
         "undivided",
+        "kernels that start early: dense",
+        "without graphs: dense",
         "(target 2x)",
         "PyTorch",
         "all of it passed",
     ):
         assert wanted in done.stdout, done.stdout[-6000:]
     assert [p.read_text(encoding="utf-8") for p in tmp_path.glob("*-emulated.txt")] == [done.stdout]
+    assert "DIFFER" not in done.stdout
     assert not list(tmp_path.glob("sparse-run-bench-*"))  # the bench took its models away
 
     done = subprocess.run([*script, "--only", "paint"], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "no part 'paint'" in done.stderr
+
+
+def fake_smi(folder: Path, prints: str) -> str:
+    """A PATH on which nvidia-smi prints that, and nothing of CUDA is found."""
+    smi = folder / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{prints}'\n", encoding="utf-8")
+    smi.chmod(0o755)
+    return os.pathsep.join([str(folder), "/usr/bin", "/bin"])
+
+
+def test_doctor_says_what_a_gpu_lacks(run_cli: Callable[..., Any], tmp_path: Path) -> None:
+    without_cuda()
+    path = fake_smi(tmp_path, "NVIDIA H100 80GB HBM3, 580.159.04")
+    done = run_cli("doctor", "--json", env={"PATH": path})
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    gpu = report["gpu"]
+    assert gpu["system_gpu"] == "NVIDIA H100 80GB HBM3" and gpu["driver"] == "580.159.04"
+    assert not gpu["usable"] and not gpu["built"] and "no CUDA" in gpu["problem"]
+    hint = next(text for text in report["hints"] if "H100" in text)
+    assert "-DSPARSE_RUN_CUDA=ON" in hint and "toolkit" in hint
+    done = run_cli("doctor", env={"PATH": fake_smi(tmp_path, "No devices were found")})
+    line = next(text for text in done.stdout.splitlines() if text.startswith("gpu "))
+    assert "this build has no CUDA; no NVIDIA GPU on this machine" in line and "H100" not in done.stdout
+
+
+def test_doctor_describes_a_gpu_that_can_be_used() -> None:
+    from sparse_run.cli.doctor import _gpu_text
+
+    have = {
+        "built": True, "system_gpu": "X", "toolkit": "13.0", "architectures": "75-real 80-real 90", "driver": "580.1",
+        "driver_cuda": "13.1", "name": "X", "capability": "8.6", "code": "8.0", "free_bytes": 7.5e9, "memory_bytes": 8e9,
+    }  # fmt: skip
+    assert _gpu_text(have) == (
+        "X, compute capability 8.6, 7.5 GB free of 8.0 GB; driver 580.1 (CUDA 13.1); CUDA 13.0, code for "
+        "75-real 80-real 90; runs code for 8.0"
+    )
+    assert "NO CODE FOR IT" in _gpu_text({**have, "code": None})
+    assert _gpu_text({**have, "name": None, "driver_cuda": None}).startswith("none; no driver; CUDA 13.0")

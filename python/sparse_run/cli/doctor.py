@@ -42,8 +42,8 @@ LOW_DISK = 1_000_000_000
 def command(as_json: bool, quiet: bool, verbose: int) -> None:
     """Check this machine and this installation.
 
-    Shows processor, instruction sets, cores, memory, read rates of memory and disk, folders and packages, and exits with 3
-    where something prevents running.
+    Shows processor, instruction sets, cores, memory, GPU, read rates of memory and disk, folders and packages, and exits
+    with 3 where something prevents running.
 
     \b
     sparse-run doctor
@@ -56,6 +56,7 @@ def command(as_json: bool, quiet: bool, verbose: int) -> None:
     hints: list[str] = []  # do not
     report["processor"] = _processor(problems, hints)
     report["memory"] = _memory(report["processor"], hints)
+    report["gpu"] = _gpu(report["processor"], hints)
     report["folders"] = _folders(problems, hints)
     report["packages"] = _packages(problems)
     report["extras"] = _extras()
@@ -126,6 +127,58 @@ def _memory(processor: dict[str, Any], hints: list[str]) -> dict[str, Any]:
         out["stream_gb_per_s"] = statistics.median(rates)
         out["threads"] = _core.default_threads()
     return out
+
+
+def _gpu(processor: dict[str, Any], hints: list[str]) -> dict[str, Any]:
+    """The GPU: whether `--device cuda` can be used, with what; what the system has (nvidia-smi, nvcc) beside it."""
+    import subprocess
+
+    out: dict[str, Any] = {"usable": False, "problem": None, "built": False, "driver": None, "system_gpu": None}
+    out["nvcc"] = shutil.which("nvcc")
+    smi = shutil.which("nvidia-smi")
+    if smi:
+        query = [smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(query, check=False, capture_output=True, text=True, timeout=20)
+            if done.returncode == 0 and "," in done.stdout:
+                out["system_gpu"], out["driver"] = (
+                    part.strip() for part in done.stdout.splitlines()[0].rsplit(",", 1)
+                )
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    if "version" not in processor:  # the core could not be loaded
+        return out
+    from .. import _core
+
+    out.update(_core.gpu_info())
+    out["problem"] = _core.gpu_problem() or None
+    out["usable"] = out["problem"] is None
+    if out["usable"]:
+        return out
+    if out["built"]:
+        hints.append(f"GPU: {out['problem']}")
+    elif out["system_gpu"]:
+        toolkit = "" if out["nvcc"] else " (install the CUDA toolkit, 12 or newer, first)"
+        hints.append(
+            f"{out['system_gpu']} is there, but this build has no CUDA: install from source with CMAKE_ARGS="
+            f"-DSPARSE_RUN_CUDA=ON pip install .{toolkit}"
+        )
+    return out
+
+
+def _gpu_text(gpu: dict[str, Any]) -> str:
+    """One line of the report."""
+    if not gpu["built"]:
+        return f"this build has no CUDA; {gpu['system_gpu'] or 'no NVIDIA GPU'} on this machine"
+    have = f"CUDA {gpu['toolkit'] or '?'}, code for {gpu['architectures'] or 'unknown GPUs'}"
+    driver = f"driver {gpu['driver'] or '?'} (CUDA {gpu['driver_cuda']})" if gpu["driver_cuda"] else "no driver"
+    if not gpu["name"]:
+        return f"none; {driver}; {have}"
+    code = f"runs code for {gpu['code']}" if gpu["code"] else "NO CODE FOR IT"
+    return (
+        f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['free_bytes'] / 1e9:.1f} GB free of "
+        f"{gpu['memory_bytes'] / 1e9:.1f} GB; {driver}; {have}; {code}"
+    )
 
 
 def _folders(problems: list[str], hints: list[str]) -> dict[str, Any]:
@@ -217,6 +270,7 @@ def _show(report: dict[str, Any]) -> None:
     line("cores", f"{', '.join(cores)}; {p.get('default_threads', '?')} threads by default")
     stream = f"; read at {m['stream_gb_per_s']:.1f} GB/s by {m['threads']} threads" if m["stream_gb_per_s"] else ""
     line("memory", f"{gigabytes(m['available_bytes'])} free of {gigabytes(m['total_bytes'])}{stream}")
+    line("gpu", _gpu_text(report["gpu"]))
     for name, entry in report["folders"].items():
         state = "" if entry["writable"] else ", NOT WRITABLE"
         free = f", {gigabytes(entry.get('free_bytes'))} free" if entry.get("free_bytes") is not None else ""

@@ -353,6 +353,7 @@ const char* cudaGetErrorString(cudaError_t e) {
   }
 }
 cudaError_t cudaGetDeviceCount(int* n) {
+  if (faults.driver < 12000) return keep(cudaErrorInsufficientDriver);
   *n = faults.devices;
   return faults.devices ? cudaSuccess : cudaErrorNoDevice;
 }
@@ -459,7 +460,7 @@ cudaError_t cudaGetLastError() {
   return e;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 12080;
+  *version = faults.driver;
   return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) {

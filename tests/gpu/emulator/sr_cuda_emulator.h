@@ -281,6 +281,7 @@ struct Faults {
   bool failed = false;         // every later call reports the failure, as a broken context does
   bool no_image = false;       // the program's machine code is for other GPUs
   int capability = 75;
+  int driver = 12080;          // the newest CUDA that it knows; 0: there is none
 };
 extern Faults faults;
 extern size_t allocated;       // bytes
