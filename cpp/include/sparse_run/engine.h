@@ -103,8 +103,6 @@ struct Stats {
   double decode_seconds = 0;   // with sampling, where `step` did it
 };
 
-// Repetition penalty, top-k, top-p, min-p, temperature, then a draw: llama.cpp's order and meaning. The same seed and
-// logits give the same tokens on every machine.
 // The likeliest tokens of a vocabulary, the likeliest first and the lower id first among equals, and the sum of
 // exp(logit - largest logit) over the whole vocabulary to a relative 1e-9: what a device sends instead of all logits.
 struct TopTokens {
@@ -115,6 +113,8 @@ struct TopTokens {
   double total;
 };
 
+// Repetition penalty, top-k, top-p, min-p, temperature, then a draw: llama.cpp's order and meaning. The same seed and
+// logits give the same tokens on every machine.
 class Sampler {
  public:
   explicit Sampler(const SamplerOptions& options);  // throws Error(usage) on an impossible value
