@@ -92,7 +92,7 @@ struct RandomPredictor {
       const std::vector<float> b_scale(size_t(s.n_ff), 0.01f / std::sqrt(float(kRank)));
       const sr::LowRankWeights w = {kRank,    s.n_ff,         a.data(),        a_scale.data(),
                                     b.data(), b_scale.data(), threshold.data()};
-      set.neurons[size_t(l)] = std::make_unique<sr::LowRank>(w, s.n_embd);
+      set.neurons[size_t(l)] = std::make_unique<sr::LowRank>(w, s.n_embd, &set.memory);
       set.most_scratch = std::max(set.most_scratch, set.neurons[size_t(l)]->scratch_bytes());
     }
     set.most_rank = kRank;
