@@ -74,6 +74,24 @@ def test_there_is_device_code_and_each_file_is_emulated() -> None:
     assert {p.stem for p in SOURCES} == emulated
 
 
+def test_every_kernel_waits_before_it_touches_what_others_write() -> None:
+    """after_previous() comes first; only the product with one vector asks for weights before it, and reads nothing."""
+    kernels = {}
+    for source in SOURCES:
+        text = source.read_text(encoding="utf-8")
+        for found in re.finditer(r"__global__ void __launch_bounds__\([^)]*\)\s*(\w+)\(.*?\) \{\n(.*?)\n\}\n", text, re.DOTALL):
+            kernels[found[1]] = found[2]
+        assert text.count("__global__") == sum(name + "(" in text for name in kernels), source
+    assert len(kernels) > 15
+    for name, body in kernels.items():
+        before, waits, _ = body.partition("after_previous();")
+        assert waits, f"{name} never calls after_previous"
+        lines = [line.strip() for line in before.splitlines() if not line.strip().startswith("SR_SHARED")]
+        if name != "gemv_kernel":
+            assert lines == [""] or not lines, f"{name} does something before after_previous: {lines}"
+        assert not re.search(r"a\.(x|y|step|partial|tickets)\b", before), name
+
+
 def without_cuda() -> str:
     from sparse_run import _core
 
