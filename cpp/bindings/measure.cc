@@ -55,6 +55,23 @@ class MemoryBench {
     return time_columns(pool_, bank_, shape, density_in_range(density));
   }
 
+  RowTimes rows(const std::string& kind, py::ssize_t group, bool has_min, py::ssize_t neurons, py::ssize_t cols,
+                bool gated, double density) {
+    constexpr py::ssize_t kMaxSide = py::ssize_t(1) << 24;
+    NeuronMatrix shape;
+    shape.kind = weight_kind_from_name(kind);
+    if (!is_quantised(shape.kind)) throw Error(ErrorCode::usage, "rows of kind " + kind + " are not measured");
+    if (group != 32 && group != 16)
+      throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
+    shape.group = int(group);
+    shape.has_min = has_min;
+    shape.neurons = in_range("neurons", neurons, 1, kMaxSide);
+    shape.cols = in_range("cols", cols, 1, kMaxSide);
+    shape.gated = gated;
+    std::lock_guard<std::mutex> lock(mutex_);
+    return time_rows(pool_, bank_, shape, density_in_range(density));
+  }
+
  private:
   ThreadPool pool_;
   WeightBank bank_;
@@ -85,7 +102,24 @@ void bind_measure(py::module_& m) {
             return d;
           },
           py::arg("kind"), py::arg("group"), py::arg("has_min"), py::arg("rows"), py::arg("cols"),
-          py::arg("panel_rows"), py::arg("density"));
+          py::arg("panel_rows"), py::arg("density"))
+      .def(
+          "rows",
+          [](MemoryBench& self, const std::string& kind, py::ssize_t group, bool has_min, py::ssize_t neurons,
+             py::ssize_t cols, bool gated, double density) {
+            RowTimes t;
+            {
+              py::gil_scoped_release release;
+              t = self.rows(kind, group, has_min, neurons, cols, gated, density);
+            }
+            py::dict d;
+            d["dense_seconds"] = t.dense;
+            d["listed_seconds"] = t.listed;
+            d["gated_seconds"] = t.gated;
+            return d;
+          },
+          py::arg("kind"), py::arg("group"), py::arg("has_min"), py::arg("neurons"), py::arg("cols"), py::arg("gated"),
+          py::arg("density"));
 }
 
 }  // namespace sr

@@ -114,6 +114,10 @@ void bind_model(py::module_& m) {
            py::arg("aside_bytes") = 0, py::arg("device_memory") = 0, py::arg("by_gate") = false)
       .def("memory", &memory_dict)
       .def("device_memory", &device_memory_dict)
+      .def(
+          "set_break_even",
+          [](PyModel& self, const std::string& site, float value) { self.get().set_break_even(site, value); },
+          py::arg("site"), py::arg("break_even"))
       .def("set_aside",
            [](PyModel& self, size_t bytes, bool for_good) {
              Model model = self.get();

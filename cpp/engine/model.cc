@@ -106,6 +106,16 @@ DeviceMemory Model::device_memory() const {
   return {s.budget, s.floor, s.weights, s.cpu_weights, s.cpu_layers, s.hot_share};
 }
 MemoryStats Model::memory() const { return impl_->memory(); }
+void Model::set_break_even(const std::string& site, float break_even) {
+  if (site != "N" && site != "G") {
+    throw Error(ErrorCode::usage, "break-evens of a model are of the sites N and G, not of '" + site + "'");
+  }
+  if (!(break_even >= 0 && break_even <= 1)) {
+    throw Error(ErrorCode::usage, "break_even must be from 0 to 1, got " + std::to_string(break_even));
+  }
+  impl_->decoder.set_break_even(site == "N" ? Site::N : Site::G, break_even);
+}
+
 void Model::set_aside(size_t bytes, bool for_good) {
   if (!impl_->planned.budget) return;
   if (!bytes) give_back_freed_memory();

@@ -136,4 +136,52 @@ ColumnTimes time_columns(ThreadPool& pool, WeightBank& bank, const PanelMatrix& 
   return out;
 }
 
+RowTimes time_rows(ThreadPool& pool, WeightBank& bank, const NeuronMatrix& shape, double density) {
+  const size_t one = (shape.total_bytes() + 4095) / 4096 * 4096;
+  if (one > bank.part_bytes())
+    throw Error(ErrorCode::usage, "the matrix does not fit into a quarter of the memory measured");
+  const int copies = int(bank.part_bytes() / one), slabs = shape.slabs(), threads = pool.size(), n = shape.neurons;
+  std::mt19937 rng(3);
+  std::vector<int8_t> q(size_t(slabs) * kSlabCols), ordered_q(size_t(shape.stripes()) * kStripeCols);
+  std::vector<float> scale(size_t(slabs), 0.01f), ordered_scale(size_t(shape.stripes()) * kRowLanes);
+  std::vector<int32_t> sum(size_t(slabs) * 2), ordered_sum(ordered_scale.size() * 2), list;
+  for (int j = 0; j < shape.cols; j++) {
+    q[size_t(j)] = int8_t(int(rng() % 255) - 127);
+    sum[size_t(j / 16)] += q[size_t(j)];
+  }
+  order_for_rows({q.data(), scale.data(), sum.data()}, shape.cols, ordered_q.data(), ordered_scale.data(),
+                 ordered_sum.data());
+  for (int i = 0; i < n; i++) {
+    if (double(rng()) < density * 4294967296.0) list.push_back(i);
+  }
+  if (list.empty()) list.push_back(0);
+  const RowVector x{ordered_q.data(), ordered_scale.data(), ordered_sum.data()};
+  const KernelTable& k = kernels();
+  std::vector<float> out(size_t(n) * 2);
+  float *gate = shape.gated ? out.data() : nullptr, *up = out.data() + n;
+  const int listed = int(list.size());
+  const auto pass = [&](int way) {
+    const uint8_t* data = bank.next();
+    return seconds(pool, [&](int tid) {
+      const auto share = [&](int of, int t) { return int(int64_t(of) * t / threads); };
+      const int begin = share(n, tid), end = share(n, tid + 1);
+      const int first = share(listed, tid), last = share(listed, tid + 1);
+      NeuronMatrix w = shape;
+      for (int i = 0; i < copies; i++, pool.barrier()) {
+        w.data = data + one * size_t(i);
+        if (way == 0) k.rows_q(w, x, nullptr, begin, end, gate, up);
+        if (way == 1) k.rows_q(w, x, list.data(), first, last, gate, up);
+        if (way != 2) continue;
+        k.rows_q(w, x, nullptr, begin, end, gate, nullptr);
+        k.rows_q(w, x, list.data(), first, last, nullptr, up);
+      }
+    }) / copies;
+  };
+  static std::atomic<int> turn{0};
+  const int ways = shape.gated ? 3 : 2, from = turn++ % ways;
+  double t[3] = {};
+  for (int i = 0; i < ways; i++) t[(from + i) % ways] = pass((from + i) % ways);
+  return {t[0], t[1], shape.gated ? t[2] : t[0]};
+}
+
 }  // namespace sr

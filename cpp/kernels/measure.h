@@ -40,4 +40,13 @@ struct ColumnTimes {
 };
 ColumnTimes time_columns(ThreadPool& pool, WeightBank& bank, const PanelMatrix& shape, double density);
 
+// Rows of neurons of this shape, as often as a part of the bank holds them, times a vector: seconds for one matrix, one
+// pass each. Threads meet after every matrix, as in a layer.
+struct RowTimes {
+  double dense;   // all gate and up rows in one go
+  double listed;  // both rows of a random share of the neurons
+  double gated;   // all gate rows, then up rows of that share; without gates as `dense`
+};
+RowTimes time_rows(ThreadPool& pool, WeightBank& bank, const NeuronMatrix& shape, double density);
+
 }  // namespace sr

@@ -115,6 +115,8 @@ class Decoder {
   int site_width(Site site) const;
   // The density above which products of a site run dense where a plan says nothing; the smallest of all layers.
   float break_even(Site site) const;
+  // Of rows of neurons, sites N and G, as it was measured.
+  void set_break_even(Site site, float value) { rows_break_even_[site == Site::G] = value; }
   // Why a site cannot work in this layer, to follow "site X of layer N"; empty where it can.
   std::string site_refusal(int layer, Site site) const;
 
@@ -298,6 +300,7 @@ class Decoder {
   WorkCounter counter_[2];
   AlignedBuffer<int32_t> survivors_;   // [n_ff] neurons of each thread's share whose up rows are wanted
   std::vector<float> break_even_;      // [n_layers, A O M Z] by shape
+  std::atomic<float> rows_break_even_[2] = {{-1.0f}, {-1.0f}};  // of N and of G; below 0: by the rows' length
   bool true_zeros_ = false;            // the activation gives exact zeros
   static constexpr int32_t no_neurons_[1] = {0};  // an empty list is not a missing one
   bool leave_ = false;

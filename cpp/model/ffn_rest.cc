@@ -11,7 +11,6 @@ namespace sr {
 namespace {
 
 constexpr const char* kWhat = "the FFNs on the CPU";
-constexpr float kNeuronBreakEven = 0.85f;  // of rows that are not short, as model/skipping.cc has it
 
 }  // namespace
 
@@ -147,7 +146,7 @@ void FfnRest::one_by_neuron(int tid, const Job& job) {
   const Thresholds threshold = gated && job.masks->first == 0 ? job.masks->gate : Thresholds();
   const bool choose = gated && (threshold || (job.masks->exact && true_zeros_));
   float* last_kept = &l.kept_share[size_t(tid)];
-  const bool apart = choose && *last_kept <= kNeuronBreakEven;
+  const bool apart = choose && *last_kept <= break_even_by_row(w, true);
   rows(w, in_, nullptr, begin, end, gated ? gate : nullptr, apart ? nullptr : up);
   float* active = gated ? gate : up;
   activate(config_, active + begin, nullptr, end - begin, active + begin);

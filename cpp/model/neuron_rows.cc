@@ -23,6 +23,12 @@ void add_biases(const NeuronRows& w, const int32_t* ids, int begin, int end, flo
   if (up) add_neuron_bias(w.bias, step, w.m.gated ? kTileRows : 0, ids, begin, end, up);
 }
 
+float break_even_by_row(const NeuronRows& w, bool gates) {
+  const size_t bytes = w ? w.m.row_stride() : SIZE_MAX;
+  if (bytes < 512) return gates ? 0.25f : 0.4f;
+  return bytes < 1024 ? 0.7f : 0.85f;
+}
+
 NeuronRows load_neuron_rows(const PackedModel& model, const std::string& name, int neurons, int cols, bool gated) {
   NeuronRows w;
   w.m = model.neurons(name, neurons, cols, gated);

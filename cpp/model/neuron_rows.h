@@ -27,6 +27,11 @@ struct NeuronRows {
   }
 };
 
+// Share of neurons above which all are read in one go where it was not measured, of a list, or (gates) of up rows
+// behind their gates: short rows of a list are read at a third to a half of the rate of all (cpp/kernels/README.md),
+// and gate rows alone a little slower than both.
+float break_even_by_row(const NeuronRows& w, bool gates);
+
 // Reads NAME and NAME.bias.
 NeuronRows load_neuron_rows(const PackedModel& model, const std::string& name, int neurons, int cols, bool gated);
 

@@ -9,17 +9,6 @@
 #include "sparse_run/error.h"
 
 namespace sr {
-namespace {
-
-// Share of neurons above which all are read in one go, by the length of a row: short rows of a list are read at a third
-// to a half of the rate of all (cpp/kernels/README.md), and gate rows alone a little slower than both.
-float break_even_of_rows(const NeuronRows& w, Site site) {
-  const size_t bytes = w ? w.m.row_stride() : SIZE_MAX;
-  if (bytes < 512) return site == Site::G ? 0.25f : 0.4f;
-  return bytes < 1024 ? 0.7f : 0.85f;
-}
-
-}  // namespace
 
 int Decoder::site_width(Site site) const {
   switch (site) {
@@ -87,15 +76,18 @@ float Decoder::break_even(const Pass& pass, int layer, Site site) const {
   const SparsityPlan* plan = pass.skipping.plan;
   if (site != Site::N && plan && plan->break_even(site) != SparsityPlan::kByShape) return plan->break_even(site);
   if (site != Site::G && site != Site::N) return break_even_[size_t(layer) * 4 + size_t(site)];
-  return break_even_of_rows(ffn_weights(layer).ffn_rows, site);
+  const float measured = rows_break_even_[site == Site::G];
+  return measured >= 0 ? measured : break_even_by_row(ffn_weights(layer).ffn_rows, site == Site::G);
 }
 
 float Decoder::break_even(Site site) const {
   float least = 1;
   for (int l = 0; l < config_.n_layers; l++) {
     const bool rows = site == Site::G || site == Site::N;
-    least = std::min(least, rows ? break_even_of_rows(ffn_weights(l).ffn_rows, site)
-                                 : break_even_[size_t(l) * 4 + size_t(site)]);
+    const float measured = rows ? rows_break_even_[site == Site::G].load() : -1;
+    least = std::min(least, measured >= 0 ? measured
+                            : rows ? break_even_by_row(ffn_weights(l).ffn_rows, site == Site::G)
+                                   : break_even_[size_t(l) * 4 + size_t(site)]);
   }
   return least;
 }

@@ -45,6 +45,11 @@ class MemoryBench:
     ) -> dict[str, float]:
         """One product with a matrix of this shape, dense and on a random share of its columns:
         {"dense_seconds", "sparse_seconds", "dense_bytes", "sparse_bytes"}. UsageError where a quarter is too small for it."""
+    def rows(
+        self, kind: str, group: int, has_min: bool, neurons: int, cols: int, gated: bool, density: float
+    ) -> dict[str, float]:
+        """One product with the rows of neurons of this shape: {"dense_seconds"} all gate and up rows in one go,
+        {"listed_seconds"} both rows of a random share, {"gated_seconds"} all gate rows and then up rows of that share."""
 
 def set_log_sink(sink: Callable[[int, str], object] | None, level: int = 20) -> None:
     """Calls sink(level, text) for messages of the core from `level` on (the numbers of logging); None = silent."""
@@ -149,6 +154,9 @@ class Model:
         """What a GPU holds of the model, all 0 on the CPU: {"budget_bytes", "floor_bytes" (the smallest budget), "weight_bytes",
         "cpu_weight_bytes" (of the neurons that the CPU computes), "cpu_layers" (which have such), "hot_share" (of all neurons,
         those on the GPU)}."""
+    def set_break_even(self, site: str, break_even: float) -> None:
+        """The share of neurons, 0 to 1, above which all are read where some would do: "N", of a list; "G", up rows behind
+        their gates. Not set: by the length of a row. Results do not depend on it. UsageError for another site or value."""
     def set_aside(self, bytes: int, for_good: bool = False) -> None:
         """Under a memory budget: the caller is about to take so many bytes for a while. Weights have given way when this returns;
         after `set_aside(0)` they come back as passes run; `for_good`: beside that, and they do not come back. Waits for a running

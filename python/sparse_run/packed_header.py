@@ -16,6 +16,9 @@ from .errors import ModelError, UsageError
 SITES = ("A", "O", "M", "Z")
 """Attention input (q, k, v), attention output (o), FFN input (gate, up), FFN product (down)."""
 
+ROW_SITES = ("N", "G")
+"""Of an FFN stored by neuron: neurons that are named, and neurons whose gate says that they are needed."""
+
 _MATRICES = {"attn_qkv": "A", "attn_o": "O", "ffn_gate_up": "M", "ffn_up": "M", "ffn_down": "Z"}
 _SHAPE_KEYS = ("architecture", "n_layers", "n_embd", "n_heads", "n_kv_heads", "head_dim", "n_ff", "n_vocab")
 _SAMPLE = 4096

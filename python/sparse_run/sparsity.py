@@ -70,7 +70,8 @@ class SparsityFile:
         from .bench.breakeven import known_break_evens
 
         known = known_break_evens(self.fingerprint, model.isa, model.threads)
-        return _core.Sparsity(model, self.thresholds, dense_tokens=self.dense_tokens, break_even=known)
+        of_sites = None if known is None else {site: value for site, value in known.items() if site != "N"}
+        return _core.Sparsity(model, self.thresholds, dense_tokens=self.dense_tokens, break_even=of_sites)
 
     @property
     def skips_nothing(self) -> bool:

@@ -77,6 +77,23 @@ class TestBreakEven:
         (entry,) = kept["models"].values()
         assert entry["break_even"] == r["break_even"] and entry["fingerprint"] == r["fingerprint"]
 
+    def test_rows_of_neurons_are_measured_and_used(
+        self, smollm2_neurons: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        env = {"XDG_CACHE_HOME": str(tmp_path)}
+        done = run_cli("bench", "--breakeven", "-m", smollm2_neurons, "-t", 2, "--reps", 1, "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        r = json.loads(done.stdout)
+        rows = {s["sites"][0]: s for s in r["shapes"] if not s["panel_rows"]}
+        assert {(site, s["rows"], s["cols"]) for site, s in rows.items()} == {("N", 1536, 576), ("G", 1536, 576)}
+        # A tenth of the neurons is read faster than all gates first and then all up rows.
+        assert rows["N"]["gain"][-1] > rows["G"]["gain"][0]
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        known = breakeven.known_break_evens(r["fingerprint"], r["isa"], 2)
+        assert known is not None and {site: known[site] for site in rows} == {
+            site: s["break_even"] for site, s in rows.items()
+        }
+
     def test_table_says_what_a_break_even_does(self, smollm2_packed: Path, tmp_path: Path, run_cli: RunCli) -> None:
         env = {"XDG_CACHE_HOME": str(tmp_path)}
         done = run_cli("bench", "--breakeven", "-m", smollm2_packed, "--reps", 1, "-q", env=env)

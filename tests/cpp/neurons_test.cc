@@ -262,7 +262,7 @@ TEST_CASE("site N: chosen neurons give the bits of masked blocks, in any number 
       }
       std::vector<float> dense, chosen;
       for (int threads : {1, 2, 3, 5}) {
-        const Model model = open_model(tiny, threads);
+        Model model = open_model(tiny, threads);
         Session s(model, 64);
         const auto run = [&](const std::vector<int32_t>* first, const std::vector<int32_t>* second, bool blocks) {
           s.truncate(0);
@@ -284,6 +284,16 @@ TEST_CASE("site N: chosen neurons give the bits of masked blocks, in any number 
         CHECK(same_bits(run(&some, nullptr, true), chosen));
         CHECK_NEAR(s.density().site[5], d.site[5], 1e-12);
         CHECK(same_bits(run(&none, &some, false), run(&none, &some, true)));
+        // Where a break-even was measured, it decides what is read, and nothing else.
+        double body[2] = {};
+        for (const int at : {0, 1}) {
+          model.set_break_even("N", float(at));
+          model.set_break_even("G", float(at));
+          s.density();
+          CHECK(same_bits(run(&some, nullptr, false), chosen));
+          body[at] = s.density().body;
+        }
+        CHECK(body[1] < body[0]);
         // Thresholds of G work within the sets.
         const Sparsity plan = plan_of(model, gated ? "G" : "Z", 0.1f, spec.n_layers);
         s.set_sparsity(&plan, true);
@@ -295,6 +305,15 @@ TEST_CASE("site N: chosen neurons give the bits of masked blocks, in any number 
       }
     }
   }
+}
+
+TEST_CASE("break-evens of rows are of the sites N and G and from 0 to 1") {
+  const TinySpec spec;
+  const TinyModel tiny(spec);
+  Model model = open_model(tiny, 1);
+  CHECK_THROWS(model.set_break_even("Z", 0.5f), Error, "N and G");
+  CHECK_THROWS(model.set_break_even("N", 1.5f), Error, "from 0 to 1");
+  CHECK_THROWS(model.set_break_even("G", NAN), Error, "from 0 to 1");
 }
 
 TEST_CASE("site N: lists that are no sets are refused, and so are panels") {

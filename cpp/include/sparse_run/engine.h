@@ -154,6 +154,9 @@ class Model {
   size_t bytes_per_token() const;  // that one decoded token reads
   MemoryStats memory() const;
   DeviceMemory device_memory() const;
+  // The share of neurons above which all are read in one go: "N", of a list; "G", up rows behind their gates. Not set:
+  // by the length of a row. Results do not depend on it. Throws Error(usage).
+  void set_break_even(const std::string& site, float break_even);
   // Under a budget: the caller is about to take so many bytes for a while; weights have given way when this returns.
   // With 0 they may come back. for_good: beside that, and for as long as the model lives. Waits for a pass that is
   // running. Throws Error(runtime) when the file cannot be read.

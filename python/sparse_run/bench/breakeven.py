@@ -1,5 +1,5 @@
-"""From which density on skipping columns does not pay: measured on this machine with the shapes of a model's matrices, and
-kept in $XDG_CACHE_HOME/sparse-run/breakeven-CPU.json, where running models look it up."""
+"""From which density on skipping columns, or rows of neurons, does not pay: measured on this machine with the shapes of a
+model's matrices, and kept in $XDG_CACHE_HOME/sparse-run/breakeven-CPU.json, where running models look it up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from ..packed_header import SITES, read_header
+from ..packed_header import ROW_SITES, SITES, read_header
 
 DENSITIES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.1)
 SCHEMA = 1
@@ -23,7 +23,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ShapeBreakEven:
-    """One shape of matrix, and the sites whose vectors it is multiplied with."""
+    """One shape of matrix, and the sites whose vectors it is multiplied with. Of rows of neurons: site N or G, `rows` neurons
+    of `cols` inputs, no panels."""
 
     sites: list[str]
     kind: str
@@ -80,23 +81,42 @@ def measure_break_even(
                 if part.quantised and p["layout"] == "panels":
                     key = (p["kind"], p["group"], bool(p["min"]), p["rows"], p["cols"], p["panel_rows"])
                     sites.setdefault(key, set()).add(site)
+    by_neuron = {
+        (p["kind"], p["group"], bool(p["min"]), p["neurons"], p["cols"], bool(p["gated"]))
+        for layer in header.parts["M"]
+        for part in layer
+        if part.quantised and (p := part.layout)["layout"] == "neurons"
+    }
     name = str(header.config.get("name") or header.path.name)
-    if not sites:
+    if not sites and not by_neuron:
         raise ModelError(f"{packed}: {name} has no quantised matrices in panels, so no columns can be skipped")
     memory, threads = bench_memory(threads)
     shapes = []
+    total = (len(sites) + len(by_neuron)) * reps
     for done, key in enumerate(sites):
         ratios: list[list[float]] = [[] for _ in DENSITIES]
         for turn in range(reps):
             if progress is not None:
-                progress("matrices", done * reps + turn, len(sites) * reps)
+                progress("matrices", done * reps + turn, total)
             for i, density in enumerate(DENSITIES):
                 t = memory.columns(*key, density)
                 ratios[i].append(t["dense_seconds"] / t["sparse_seconds"])
         gain = [statistics.median(r) for r in ratios]
         shapes.append(ShapeBreakEven(sorted(sites[key], key=SITES.index), *key, gain, crossing(DENSITIES, gain)))
+    for turns, rows in enumerate(sorted(by_neuron), len(sites)):
+        gains: dict[str, list[list[float]]] = {site: [[] for _ in DENSITIES] for site in ROW_SITES}
+        for turn in range(reps):
+            if progress is not None:
+                progress("matrices", turns * reps + turn, total)
+            for i, density in enumerate(DENSITIES):
+                t = memory.rows(*rows, density)
+                for site, way in zip(ROW_SITES, ("listed_seconds", "gated_seconds"), strict=True):
+                    gains[site][i].append(t["dense_seconds"] / t[way])
+        for site in ROW_SITES if rows[-1] else ROW_SITES[:1]:
+            gain = [statistics.median(r) for r in gains[site]]
+            shapes.append(ShapeBreakEven([site], *rows[:-1], 0, gain, crossing(DENSITIES, gain)))
     if progress is not None:
-        progress("matrices", len(sites) * reps, len(sites) * reps)
+        progress("matrices", total, total)
     result = BreakEvenResult(
         cpu=str(_core.cpu_info()["brand"]),
         isa=selected_isa(),
@@ -153,8 +173,8 @@ def cache_path(cpu: str | None = None) -> Path:
 
 
 def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, float] | None:
-    """The density above which the products of a site run dense, by site, as it was measured on this processor for a model,
-    instruction set and number of threads by this version; None where nothing was. Of a site's shapes the smallest counts.
+    """The density above which the products of a site run dense, or all neurons are read, by site, as it was measured on this
+    processor for a model, instruction set and number of threads by this version; None where nothing was. Of a site's shapes the smallest counts.
     Never raises: a damaged cache counts as none."""
     entry = _entry(fingerprint, isa, threads)
     out: dict[str, float] = {}
@@ -164,7 +184,7 @@ def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, flo
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 return None
             for site in s["sites"]:
-                if site in SITES:
+                if site in (*SITES, *ROW_SITES):
                     out[site] = min(float(value), out.get(site, 1.0))
     except (KeyError, TypeError, ValueError):
         return None
