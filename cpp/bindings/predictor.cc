@@ -26,7 +26,7 @@ struct Arrays {
   }
 };
 
-std::optional<Arrays> arrays_of(const py::dict& arrays, const std::string& prefix, int n_embd) {
+std::optional<Arrays> arrays_of(const py::object& arrays, const std::string& prefix, int n_embd) {
   if (!arrays.contains(prefix + ".a")) return std::nullopt;
   const auto get = [&](const char* key, char kind, int itemsize, int ndim) {
     const std::string name = prefix + "." + key;
@@ -49,7 +49,7 @@ std::optional<Arrays> arrays_of(const py::dict& arrays, const std::string& prefi
 
 void bind_predictor(py::module_& m) {
   py::class_<Predictor>(m, "Predictor", "Low-rank predictors of neurons and heads, bound to one model.")
-      .def(py::init([](const PyModel& py_model, const py::dict& arrays, int dense_tokens) {
+      .def(py::init([](const PyModel& py_model, const py::object& arrays, int dense_tokens) {
              const Model model = py_model.get();
              auto predictor = std::make_unique<Predictor>(model, dense_tokens);
              int found = 0;
@@ -70,6 +70,8 @@ void bind_predictor(py::module_& m) {
            py::arg("model"), py::arg("arrays"), py::arg("dense_tokens") = 16)
       .def_property_readonly("dense_tokens", &Predictor::dense_tokens)
       .def_property_readonly("nbytes", &Predictor::bytes, "Bytes that a decoded token reads of the predictors.");
+  m.def("predictor_bytes", &predictor_bytes, py::arg("rank"), py::arg("n"), py::arg("n_embd"),
+        "Memory that a Predictor takes for one layer's neurons or heads.");
 }
 
 }  // namespace sr

@@ -64,7 +64,7 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
   m.contexts = context_bytes(decoder, m.n_ctx);
   const size_t fixed = m.process + m.working, most = fixed + m.contexts + std::max(block, options.aside_bytes);
   const size_t room = m.budget > most ? m.budget - most : 0;
-  const int slots = plan_neurons(options, room);
+  const int slots = plan_neurons(options, room, most - fixed - m.contexts, m.contexts);
   ResidencyPlan plan = decoder.plan_residency(room - m.neurons);
   m.floor = most + decoder.plan_residency(0).ring_bytes;
   if (most + plan.resident_bytes + plan.ring_bytes > m.budget) {
@@ -82,7 +82,8 @@ void Model::Impl::open_within_budget(const ModelOptions& options) {
     const size_t shared = m.budget - fixed - m.neurons;
     decoder.share_room(shared, m.budget);
     // Single neurons stand for the FFNs: those would come back for nothing.
-    if (!slots) plan = decoder.plan_residency(shared - context_bytes(decoder, std::min(m.n_ctx, kAttentionChunk)));
+    if (!decoder.store())
+      plan = decoder.plan_residency(shared - context_bytes(decoder, std::min(m.n_ctx, kAttentionChunk)));
   }
   auto queue = std::make_shared<ReadQueue>(source, kReaders, kReadUnit);
   decoder.load_resident(packed, plan, queue, options.progress);

@@ -14,6 +14,7 @@ namespace sr {
 
 // Under a memory budget: readers of a file, and bytes that one of them reads at once.
 constexpr int kReaders = 4;
+constexpr int kNeuronReaders = 8;  // whose reads are short: what they wait for is mostly the disk's answer
 constexpr size_t kReadUnit = size_t(1) << 20;
 
 struct Model::Impl {
@@ -53,10 +54,12 @@ struct Model::Impl {
   // Single neurons (neurons.cc): whether there can be any; how many, with so many bytes for all weights; and their part
   // of the statistics.
   void prepare_neurons(const ModelOptions& options);
-  int plan_neurons(const ModelOptions& options, size_t room);
+  // Beside `room`: bytes of a prompt's block, or what else a token leaves free, and of contexts.
+  int plan_neurons(const ModelOptions& options, size_t room, size_t block, size_t contexts);
   void open_neurons(const ModelOptions& options, int slots);
   void count_neurons(MemoryStats* m) const;
   int64_t gate_blocks = 0;  // of 64 gate rows, that stay
+  int lent_slots = 0;       // beside those that are always there
 };
 
 }  // namespace sr

@@ -34,7 +34,7 @@ void Model::Impl::prepare_neurons(const ModelOptions& options) {
 // As many slots as the neurons that are needed, or as fit beside attention and head, which no FFN should drive out.
 // Where gates choose: slots for what one token is likely to need, because reading neurons one by one costs most; then
 // gate rows, which every token needs; then more slots.
-int Model::Impl::plan_neurons(const ModelOptions& options, size_t room) {
+int Model::Impl::plan_neurons(const ModelOptions& options, size_t room, size_t block, size_t contexts) {
   MemoryStats& m = planned;
   const NeuronStore* store = decoder.store();
   if (!store) return 0;
@@ -42,12 +42,16 @@ int Model::Impl::plan_neurons(const ModelOptions& options, size_t room) {
     decoder.drop_store();
     return 0;
   }
-  const size_t rest = decoder.room_without_ffn(), most = room > rest ? room - rest : 0;
+  const size_t rest = decoder.room_without_ffn();
   const GateRows* gates = store->gates();
   const int64_t least = store->least_slots(), all = std::max<int64_t>(store->all_neurons(), least);
   const double share = gates ? kSurvivors : std::min(options.neuron_share, 1.0);
   // A list that is complete in memory while the one after it is read.
   const int64_t wanted = std::min(all, int64_t(std::ceil(share * double(store->all_neurons()))) + least);
+  // While a token is decoded, what a prompt's block and contexts would take.
+  const size_t idle = kDiscardsPages ? (block + contexts) / store->slot_bytes() : 0;
+  const int64_t lent = std::min(int64_t(idle), wanted), tables = int64_t(NeuronStore::kIdleSlotBytes) * lent;
+  const size_t taken = rest + size_t(tables), most = room > taken ? room - taken : 0;
   // The most of low .. high that fit.
   const auto most_of = [](int64_t low, int64_t high, const auto& fits) {
     while (low < high) {
@@ -61,9 +65,12 @@ int Model::Impl::plan_neurons(const ModelOptions& options, size_t room) {
     const size_t taken = gates ? gates->bytes(blocks) : 0;
     return most_of(0, high, [&](int64_t n) { return store->bytes(n) + taken <= most; });
   };
-  int64_t slots = slots_beside(wanted, 0);
-  if (slots < least) {
-    m.no_neurons = "the budget leaves room for " + std::to_string(slots) + " of them beside attention and head, " +
+  int64_t slots = slots_beside(gates ? wanted - lent : wanted, 0);
+  // What only a prompt's block takes is there for every token.
+  const size_t spare = std::min(block, NeuronStore::kLendSpare);
+  const int64_t sure = slots + std::min(lent, int64_t((block - spare) / store->slot_bytes()));
+  if (sure < least) {
+    m.no_neurons = "the budget leaves room for " + std::to_string(sure) + " of them beside attention and head, " +
                    std::to_string(least) + " are the fewest";
     decoder.drop_store();
     return 0;
@@ -76,13 +83,14 @@ int Model::Impl::plan_neurons(const ModelOptions& options, size_t room) {
     m.gates = gates->bytes(gate_blocks);
     m.gates_streamed = gates->streamed_bytes(gate_blocks);
   }
-  m.neurons = store->bytes(slots) + m.gates;
-  m.neuron_slots = slots;
+  lent_slots = int(std::max<int64_t>(0, std::min(lent, (gates ? all : wanted) - slots)));
+  m.neurons = store->bytes(slots) + size_t(tables) + m.gates;
+  m.neuron_slots = slots + lent_slots;
   return int(slots);
 }
 
 void Model::Impl::open_neurons(const ModelOptions& options, int slots) {
-  if (slots) decoder.open_store(slots, gate_blocks, kReaders, kReadUnit, options.progress);
+  if (decoder.store()) decoder.open_store(slots, lent_slots, gate_blocks, kNeuronReaders, kReadUnit, options.progress);
 }
 
 void Model::Impl::count_neurons(MemoryStats* m) const {
@@ -102,6 +110,7 @@ void Model::Impl::count_neurons(MemoryStats* m) const {
     m->hits += gates.ready;
     m->misses += gates.waited;
   }
+  if (pool.tokens) m->neuron_slots = store->pool().limit();
   m->neuron_tokens += pool.tokens;
   m->neuron_hits += pool.hits;
   m->neuron_misses += pool.misses;

@@ -68,4 +68,9 @@ size_t Predictor::bytes() const {
   return bytes;
 }
 
+size_t predictor_bytes(int rank, int n, int n_embd) {
+  if (rank < 1 || rank > kMaxRank || n < 1 || n_embd < 1) throw Error(ErrorCode::usage, "a predictor has no such size");
+  return LowRank::held_bytes(rank, n, n_embd);
+}
+
 }  // namespace sr

@@ -60,6 +60,7 @@ struct NeuronPool::Shared {
   int32_t oldest = -1, newest = -1;
   int64_t step = 0;
   std::deque<std::pair<int32_t, int64_t>> read_now;  // slots that this token has filled, and for which request
+  int usable = 0;                 // slots before it
   std::vector<int> loading;       // slots of each layer
   std::vector<uint8_t> missing;   // [2, neurons] of the last request for a layer of an even, of an odd number
   std::vector<int32_t> flagged[2];
@@ -99,7 +100,7 @@ struct NeuronPool::Shared {
     slot = Slot{slot.owner, slot.before, slot.after, SlotState::vacant, 0, -1};
     unlink(s);
     slot.owner = -1;
-    vacant.push_back(s);
+    if (s < usable) vacant.push_back(s);
   }
   bool may_go(int32_t s) const {
     const Slot& slot = slots[size_t(s)];
@@ -160,7 +161,7 @@ struct NeuronPool::Shared {
 
   void loaded(const Run& run, bool good) {
     for (const Wanted& w : run.wanted) {
-      if (good) slots[size_t(w.slot)].state = SlotState::loaded;
+      if (good && w.slot < usable) slots[size_t(w.slot)].state = SlotState::loaded;
       else vacate(w.slot);
     }
     loading[size_t(run.layer)] -= int(run.wanted.size());
@@ -216,7 +217,8 @@ void pump(const std::shared_ptr<Shared>& shared) {
         shared->bad = true;
       }
       pump(shared);
-      shared->changed.notify_all();
+      // Each wake takes a processor from those who compute.
+      if (shared->loading[size_t(run.layer)] == 0 || !error.empty()) shared->changed.notify_all();
     };
     s.queue->submit(std::move(job));
   }
@@ -236,6 +238,7 @@ NeuronPool::NeuronPool(std::shared_ptr<ReadQueue> queue, const Shape& shape, int
   s.slots.resize(size_t(slots));
   s.slot_of.assign(size_t(shape.layers) * size_t(shape.neurons), -1);
   slot_of_ = s.slot_of.data();
+  s.usable = slots;
   for (int i = slots; i-- > 0;) s.vacant.push_back(i);
   s.loading.assign(size_t(shape.layers), 0);
   s.missing.assign(2 * size_t(shape.neurons), 0);
@@ -265,6 +268,27 @@ size_t NeuronPool::table_bytes(const Shape& shape, int64_t slots) {
 }
 
 int NeuronPool::slots() const { return int(shared_->slots.size()); }
+
+int NeuronPool::limit() const {
+  std::lock_guard<std::mutex> lock(shared_->mutex);
+  return shared_->usable;
+}
+
+void NeuronPool::limit(int n) {
+  Shared& s = *shared_;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  n = std::min(n, int(s.slots.size()));
+  const int before = std::exchange(s.usable, n);
+  if (n < before) {
+    s.vacant.erase(std::remove_if(s.vacant.begin(), s.vacant.end(), [n](int32_t v) { return v >= n; }), s.vacant.end());
+    for (int i = n; i < before; i++) {
+      if (s.slots[size_t(i)].state == SlotState::loaded) s.vacate(i);
+    }
+  }
+  for (int i = n; i-- > before;) {
+    if (s.slots[size_t(i)].state == SlotState::vacant) s.vacant.push_back(i);
+  }
+}
 
 std::string NeuronPool::fill(const std::function<bool(size_t done, size_t total)>& should_stop) {
   Shared& s = *shared_;

@@ -49,6 +49,10 @@ class NeuronPool {
   static size_t table_bytes(const Shape& shape, int64_t slots);
 
   int slots() const;
+  // Between tokens: slots [0, n) are used, at least least_slots() of them while a token is; the memory of the others is
+  // the caller's, but for what is being read into them after a token that was given up.
+  void limit(int n);
+  int limit() const;
   // Fills free slots with the first records of every layer, in long reads. Returns why that failed, or the empty text;
   // "cancelled" when should_stop, asked every 20 ms with the bytes done and to do, says so.
   std::string fill(const std::function<bool(size_t done, size_t total)>& should_stop);

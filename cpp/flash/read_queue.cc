@@ -94,10 +94,13 @@ ByteSource& ReadQueue::source() const { return *state_->source; }
 void ReadQueue::submit(ReadJob job) {
   auto work = std::make_shared<Work>();
   work->job = std::move(job);
+  const bool shared = work->job.bytes > state_->unit;
   std::lock_guard<std::mutex> lock(state_->mutex);
   if (state_->stop) return;
   state_->waiting[size_t(work->job.priority)].push_back(std::move(work));
-  state_->wake.notify_all();
+  // Each wake takes a processor from those who compute: one reader for one read.
+  if (shared) state_->wake.notify_all();
+  else state_->wake.notify_one();
 }
 
 void ReadQueue::cancel_speculative() {

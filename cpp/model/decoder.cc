@@ -141,7 +141,7 @@ bool Decoder::run_pass(Pass pass) {
     error = make_room(pass);
     if (error == "cancelled") return false;
     if (!error.empty()) throw Error(ErrorCode::runtime, error + kEndsHere);
-    pass.stored = works_from_store(pass);  // with the room as it is now
+    pass.stored = works_from_store(pass) && store_->enough();  // with the room as it is now
     if (pass.stored) store_->begin_token();
     else flash_->begin_pass();
     if (fetches_rows() && pass.tokens) {

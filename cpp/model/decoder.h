@@ -86,7 +86,8 @@ class Decoder {
   NeuronStore* make_store(const PackedModel& model, std::shared_ptr<ByteSource> source, bool by_gate);
   void drop_store();
   // After load_resident. gate_blocks: of 64 neurons, that stay, where there are gates.
-  void open_store(int slots, int64_t gate_blocks, int readers, size_t unit, const LoadProgress& progress);
+  // `more` slots are there while a token leaves memory for them.
+  void open_store(int slots, int more, int64_t gate_blocks, int readers, size_t unit, const LoadProgress& progress);
   const NeuronStore* store() const { return store_.get(); }
   std::string store_refusal() const { return NeuronStore::refusal(weights_); }
   // Room at which everything but the FFNs stays in memory.
@@ -150,6 +151,7 @@ class Decoder {
   // Shares the room anew where this pass needs it; returns as FlashWeights::resize does.
   std::string make_room(const Pass& pass);
   void give_back_block();
+  size_t room_taken() const;  // of the shared room, by all that is not weights
   std::string fit_room(bool may_grow, const std::function<bool()>& should_stop);
   bool fetches_rows() const { return flash_ && !flash_->holds_all_rows(); }
   // Calls fn(first tile, last) for this thread's tiles of a matrix, as soon as each slice of it is in memory. What is

@@ -16,6 +16,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr size_t kLine = 64;
 constexpr size_t kBeyond = 256;  // what kernels may ask for beyond a column's end
+constexpr int kFewSlots = 512;   // not worth being lent by themselves
 
 bool same_form(const NeuronMatrix& a, const NeuronMatrix& b) {
   return a.kind == b.kind && a.has_min == b.has_min && a.group == b.group && a.cols == b.cols && a.gated == b.gated &&
@@ -77,7 +78,9 @@ size_t NeuronStore::bytes(int64_t slots) const {
          NeuronPool::table_bytes(shape_, slots);
 }
 
-void NeuronStore::open(int slots, int readers, size_t unit, const LoadProgress& progress) {
+void NeuronStore::open(int slots, int more, int readers, size_t unit, const LoadProgress& progress) {
+  base_ = slots;
+  slots += more;
   queue_ = std::make_shared<ReadQueue>(source_, readers, unit);
   const Clock::time_point t0 = Clock::now();
   for (int l = 0; l < shape_.layers; l++) {
@@ -109,12 +112,28 @@ void NeuronStore::open(int slots, int readers, size_t unit, const LoadProgress& 
     std::memcpy(m->of_columns.data() + size_t(slot) * m->column_bytes, record, column);
   };
   pool_ = std::make_unique<NeuronPool>(queue_, shape_, slots, place, file_);
+  pool_->limit(base_);
   const std::string error = pool_->fill([&](size_t done, size_t total) { return progress && progress(done, total); });
   if (error == "cancelled") throw Error(ErrorCode::cancelled, error);
   if (!error.empty()) throw Error(ErrorCode::runtime, error);
   const int64_t read = queue_->stats().bytes;
   const double seconds = std::chrono::duration<double>(Clock::now() - t0).count();
   if (read >= int64_t(16) << 20) load_rate_ = double(read) / seconds;
+}
+
+void NeuronStore::lend(size_t bytes) {
+  if (pool_->slots() == base_) return;
+  const size_t free = bytes > kLendSpare ? bytes - kLendSpare : 0;
+  const int before = pool_->limit(), most = pool_->slots() - base_;
+  const int now = base_ + int(std::min(size_t(most), free / slot_bytes()) / kNeuronBlock * kNeuronBlock);
+  if (now == before || (now > before && now - before < kFewSlots)) return;
+  pool_->limit(now);
+  if (now > before) return;
+  const int block = (now + kNeuronBlock - 1) / kNeuronBlock * kNeuronBlock;
+  const size_t rows = memory_->has_rows ? memory_->rows.offset_of(block) : memory_->of_rows.size();
+  const size_t columns = size_t(now) * column_bytes_;
+  if (rows < memory_->of_rows.size()) discard_pages(memory_->of_rows.data() + rows, memory_->of_rows.size() - rows);
+  discard_pages(memory_->of_columns.data() + columns, memory_->of_columns.size() - columns);
 }
 
 size_t NeuronStore::token_cost(double share) const {

@@ -37,8 +37,17 @@ class NeuronStore {
   size_t token_cost(double share) const;
 
   // Makes the slots and fills them with the first records of every layer; where there are gates, after they were
-  // opened. Throws as FlashWeights does.
-  void open(int slots, int readers, size_t unit, const LoadProgress& progress);
+  // opened. `more` slots take memory only while it is lent. Throws as FlashWeights does.
+  void open(int slots, int more, int readers, size_t unit, const LoadProgress& progress);
+  // Between tokens: this much memory may be taken beside the slots that are always there, until the next call.
+  void lend(size_t bytes);
+  // Of what is lent; pages are huge where they can be, and where rows and columns end, one each is begun.
+  static constexpr size_t kLendSpare = size_t(4) << 20;
+  // Whether there are slots for a token.
+  bool enough() const { return pool_->limit() >= least_slots(); }
+  size_t slot_bytes() const { return (has_rows_ ? form_.record_bytes() : 0) + column_bytes_; }
+  // What a slot takes that is not lent anything.
+  static constexpr size_t kIdleSlotBytes = 40;
 
   // A token begins, and is over, whole or not. The end returns why it failed, or the empty text.
   void begin_token();
@@ -79,6 +88,7 @@ class NeuronStore {
   std::shared_ptr<Memory> memory_;
   std::shared_ptr<ReadQueue> queue_;
   std::unique_ptr<NeuronPool> pool_;
+  int base_ = 0;  // slots that are always there
   double load_rate_ = 0;
 };
 

@@ -52,7 +52,7 @@ void Decoder::make_prediction_buffers(const Pass& pass) {
     }
   }
   Prediction& p = *prediction_;
-  if (pass.n == 1 || p.block) return;
+  if (pass.n == 1 || p.block || !(pass.skipping.mask_predicted || pass.skipping.measure)) return;
   p.block = std::make_unique<Prediction::OfBlock>();
   Prediction::OfBlock& b = *p.block;
   b.x.reset(kMaxBlock, c.n_embd, kWhat, true);

@@ -46,8 +46,19 @@ std::string Decoder::make_room(const Pass& pass) {
     const size_t now = resident_memory();
     if (now + kMargin > budget_) shared_room_ -= std::min(shared_room_ - 1, now + kMargin - budget_);
   }
-  // What a block leaves, the next one would take back, and a pass from single neurons uses no FFNs.
-  return fit_room(!block && !pass.stored, *pass.should_stop);
+  if (store_ && !pass.stored) store_->lend(0);
+  // What a block leaves, the next one would take back, and what a token leaves is lent to single neurons.
+  const std::string error = fit_room(!block && !pass.stored, *pass.should_stop);
+  if (pass.stored && error.empty()) {
+    const ResidencyPlan& plan = flash_->plan();
+    const size_t taken = room_taken() + plan.resident_bytes + plan.ring_bytes;
+    store_->lend(shared_room_ - std::min(shared_room_, taken));
+  }
+  return error;
+}
+
+size_t Decoder::room_taken() const {
+  return size_t(std::max<int64_t>(contexts_used_.load(), 0)) + block_bytes(block_rows_) + aside_;
 }
 
 void Decoder::give_back_block() {
@@ -68,14 +79,14 @@ void Decoder::give_back_block() {
 
 // The turn is the caller's.
 std::string Decoder::fit_room(bool may_grow, const std::function<bool()>& should_stop) {
-  const size_t contexts = size_t(std::max<int64_t>(contexts_used_.load(), 0));
-  const size_t taken = contexts + block_bytes(block_rows_) + aside_;
+  const size_t taken = room_taken();
   const size_t room = shared_room_ - std::min(shared_room_, taken);
   if (flash_->usable() && room == room_seen_) return "";
   const ResidencyPlan& now = flash_->plan();
   const bool fits = flash_->usable() && now.resident_bytes + now.ring_bytes <= room;
   if (fits && (!may_grow || !now.streamed_bytes)) return "";
-  const ResidencyPlan plan = plan_residency(room);
+  // Beside single neurons, panels of FFNs do not come back.
+  const ResidencyPlan plan = plan_residency(fits && store_ ? std::min(room, room_without_ffn()) : room);
   const size_t saved = now.streamed_bytes - std::min(now.streamed_bytes, plan.streamed_bytes);
   if (fits && saved < now.streamed_bytes / kWorthwhile) {
     room_seen_ = room;
@@ -92,6 +103,7 @@ void Decoder::set_aside(size_t bytes, bool for_good) {
   if (for_good) shared_room_ -= std::min(shared_room_ - 1, bytes);
   else aside_ = bytes;
   if (!bytes) return;
+  if (store_) store_->lend(0);
   give_back_block();
   const std::string error = fit_room(false, [] { return false; });
   if (!error.empty()) throw Error(ErrorCode::runtime, error);

@@ -30,9 +30,10 @@ void Decoder::drop_store() {
   by_gate_.clear();
 }
 
-void Decoder::open_store(int slots, int64_t gate_blocks, int readers, size_t unit, const LoadProgress& progress) {
+void Decoder::open_store(int slots, int more, int64_t gate_blocks, int readers, size_t unit,
+                         const LoadProgress& progress) {
   if (store_->gates()) store_->gates()->open(gate_blocks, pool_.size(), flash_->queue(), progress);
-  store_->open(slots, readers, unit, progress);
+  store_->open(slots, more, readers, unit, progress);
 }
 
 // One token of which something says which neurons it needs. Where attention has had to leave memory too, the stream

@@ -28,13 +28,27 @@ WeightKind stored_codes(const int8_t* codes, size_t n, std::vector<uint8_t>* out
   return kind;
 }
 
-NeuronMatrix pack_rows(const int8_t* codes, int rows, int cols, PredictorMemory* memory) {
+NeuronMatrix rows_form(WeightKind kind, int rows, int cols) {
   NeuronMatrix m;
-  std::vector<uint8_t> shifted;
-  m.kind = stored_codes(codes, size_t(rows) * cols, &shifted);
+  m.kind = kind;
   m.neurons = rows;
   m.cols = cols;
   m.gated = false;
+  return m;
+}
+
+PanelMatrix panels_form(WeightKind kind, int rows, int cols) {
+  PanelMatrix m;
+  m.kind = kind;
+  m.rows = rows;
+  m.cols = cols;
+  m.panel_rows = std::min(kPanelRows, m.padded_rows());
+  return m;
+}
+
+NeuronMatrix pack_rows(const int8_t* codes, int rows, int cols, PredictorMemory* memory) {
+  std::vector<uint8_t> shifted;
+  NeuronMatrix m = rows_form(stored_codes(codes, size_t(rows) * cols, &shifted), rows, cols);
   const std::vector<uint16_t> ones(size_t(rows) * m.slabs(), kHalfOne);
   uint8_t* out = memory->take(m.total_bytes());
   pack_neurons(m, shifted.data(), ones.data(), nullptr, out);
@@ -43,12 +57,8 @@ NeuronMatrix pack_rows(const int8_t* codes, int rows, int cols, PredictorMemory*
 }
 
 PanelMatrix pack_panels(const int8_t* codes, int rows, int cols, PredictorMemory* memory) {
-  PanelMatrix m;
   std::vector<uint8_t> shifted;
-  m.kind = stored_codes(codes, size_t(rows) * cols, &shifted);
-  m.rows = rows;
-  m.cols = cols;
-  m.panel_rows = std::min(kPanelRows, m.padded_rows());
+  PanelMatrix m = panels_form(stored_codes(codes, size_t(rows) * cols, &shifted), rows, cols);
   const std::vector<uint16_t> ones(size_t(m.panel_rows) * m.slabs(), kHalfOne);
   uint8_t* out = memory->take(m.total_bytes());
   m.data = out;
@@ -94,6 +104,13 @@ LowRank::LowRank(const LowRankWeights& w, int width, PredictorMemory* memory)
       threshold_(finite(w.threshold, w.n, "threshold")) {
   a_ = pack_rows(w.a, w.rank, width, memory);
   b_ = pack_panels(w.b, w.n, w.rank, memory);
+}
+
+size_t LowRank::held_bytes(int rank, int n, int width) {
+  const size_t a = rows_form(WeightKind::q8, rank, width).total_bytes();
+  const size_t b = panels_form(WeightKind::q8, n, rank).total_bytes();
+  // At the end of a chunk room may be left for less than a matrix.
+  return a + b + std::max(a, b) * (a + b) / kChunk + (size_t(rank) + 2 * size_t(n)) * sizeof(float);
 }
 
 size_t LowRank::scratch_bytes() const { return std::max(rows_scratch_bytes(a_), gemm_scratch_bytes(b_)); }

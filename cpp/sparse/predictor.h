@@ -30,6 +30,8 @@ class LowRank {
   // Copies the weights, each row with a scale of its own; x has `width` inputs. A matrix whose codes are all in -8 .. 7
   // takes 4 bits a weight, another 8.
   LowRank(const LowRankWeights& w, int width, PredictorMemory* memory);
+  // What such a predictor takes at most, its tables included.
+  static size_t held_bytes(int rank, int n, int width);
 
   int rank() const { return a_.neurons; }
   int n() const { return b_.rows; }

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -69,7 +71,7 @@ def make(a: NDArray[np.float32], b: NDArray[np.float32], bias: NDArray[np.float3
 
 
 def read(
-    arrays: dict[str, NDArray[Any]], layer: int, what: str, *, n_embd: int, n: int, where: str = "the sparsity file"
+    arrays: Mapping[str, NDArray[Any]], layer: int, what: str, *, n_embd: int, n: int, where: str = "the sparsity file"
 ) -> Predictor | None:
     """The predictor of a layer's `what` ("neurons", "heads"), None where there is none. Raises ModelError where its arrays
     do not fit together, or not this model."""

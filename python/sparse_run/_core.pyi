@@ -1,6 +1,6 @@
 """The C++ core. Every heavy call releases the GIL. Errors are raised as classes of sparse_run.errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -233,17 +233,20 @@ class Predictor:
     item i is predicted where score[i] > threshold[i]. Neurons of a layer are predicted from the stream before its
     attention, beside which the work is done; heads of a layer from the stream before the layer before it."""
 
-    def __init__(self, model: Model, arrays: dict[str, NDArray[Any]], dense_tokens: int = 16) -> None:
+    def __init__(self, model: Model, arrays: Mapping[str, NDArray[Any]], dense_tokens: int = 16) -> None:
         """arrays: `predictor.<layer>.neurons.KEY` (n = n_ff) and `predictor.<layer>.heads.KEY` (n = n_heads, not for
         layer 0), KEY being a (int8 [rank, n_embd]), a_scale (float32 [rank]), b (int8 [n, rank]), b_scale and threshold
         (float32 [n]): a sparsity file's own arrays; other names are passed over, layers without arrays are computed
-        whole. Positions before `dense_tokens` are, too. Raises UsageError where arrays do not fit or are not finite,
+        whole. Asked for layer by layer, and copied. Positions before `dense_tokens` are, too. Raises UsageError where arrays do not fit or are not finite,
         and for neurons where the FFN is stored in panels, with the way to convert it."""
     @property
     def dense_tokens(self) -> int: ...
     @property
     def nbytes(self) -> int:
         """Bytes that a decoded token reads of the predictors."""
+
+def predictor_bytes(rank: int, n: int, n_embd: int) -> int:
+    """Memory that a Predictor takes for one layer's neurons (n = n_ff) or heads (n = n_heads)."""
 
 class Session:
     """A KV cache and its buffers. Not for two threads at once, except `cancel`."""

@@ -12,9 +12,12 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from numpy.typing import NDArray
+
     from .sparsity import SparsityFile
 
 _BLOCK = 256  # tokens of a prompt that are computed together
+_LARGEST = 4 << 20  # bytes of the heap that copying a layer's predictor may leave in use
 _WORTHWHILE = 0.8  # of the neurons below their thresholds: with fewer, long reads of whole FFNs cost less than single ones
 
 
@@ -70,16 +73,14 @@ def zeros_pay(config: Mapping[str, Any], packed: Path) -> bool:
 
 
 def needs(file: SparsityFile | None, config: Mapping[str, Any], packed: Path) -> Needs:
-    """What decoding with a file, or without one, needs of a packed model. Arrays that the file holds already are in memory and
-    not counted again."""
+    """What decoding with a file, or without one, needs of a packed model. What the file holds already is in memory and not
+    counted again."""
     zeros = zeros_pay(config, packed)
     if file is None:
         return Needs(by_gate=zeros)
     n_layers, n_ff = int(config["n_layers"]), int(config["n_ff"])
-    held = sum(int(array.nbytes) for array in file.arrays.values())
     if file.method == "dejavu":
-        # Copies of the predictors, and their scores and flags for a block of the prompt.
-        return Needs(1.0, held + _BLOCK * n_ff * 5)
+        return Needs(1.0, _predictor_bytes(file.arrays, int(config["n_embd"])) + n_ff * 16)
     if file.method in ("griffin", "coreinfer"):
         from .predictors.coreinfer.selection import Choice
 
@@ -92,6 +93,24 @@ def needs(file: SparsityFile | None, config: Mapping[str, Any], packed: Path) ->
     levels = file.levels.get("G", [])
     chosen = sum(levels) >= _WORTHWHILE * n_layers and all(t is not None for t in file.thresholds.get("G", [None]))
     return Needs(0.0, 4 * max(widths, most), by_gate=zeros or chosen)
+
+
+def _predictor_bytes(arrays: Mapping[str, NDArray[Any]], n_embd: int) -> int:
+    """What `_core.Predictor` takes, the arrays of one layer while they are copied included; of arrays that are damaged, which
+    it refuses, anything."""
+    from . import _core
+
+    held = most = 0
+    for name in arrays:
+        part, _, key = name.rpartition(".")
+        if key != "threshold":
+            continue
+        rank, n = arrays.get(f"{part}.a_scale"), arrays.get(f"{part}.b_scale")
+        if rank is None or n is None or not len(rank) or not len(n):
+            continue
+        held += _core.predictor_bytes(len(rank), len(n), n_embd)
+        most = max(most, (n_embd + len(n)) * len(rank))
+    return held + 3 * most + _LARGEST
 
 
 __all__ = ["Needs", "gives_zeros", "known", "needs", "zeros_pay"]

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,38 @@ AUTO_NAMES = ("auto", "teal-1pct")
 """What `auto` looks for, in this order."""
 
 _JSON_FIELDS = ("options", "levels", "quality")
-_OWN = ("predictor.", "clusters.")  # what the names of a method's own arrays begin with
+_LATER = "predictor."  # what the names of arrays begin with that are read when they are wanted
+_OWN = (_LATER, "clusters.")  # what the names of a method's own arrays begin with
+_AGAIN = "make it again with `sparse-run calibrate`"
+
+
+class Stored(Mapping[str, "NDArray[Any]"]):
+    """Arrays of a sparsity file that are read each time they are asked for: predictors are as large as a share of the model,
+    and the core keeps a copy of its own. Raises ModelError where the file cannot be read any more."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self._path, self._names = path, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            with safe_open(self._path, framework="np") as opened:
+                array: NDArray[Any] = opened.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(f"{self._path}: {name} cannot be read any more ({error}); {_AGAIN}") from None
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass
@@ -57,7 +88,7 @@ class SparsityFile:
     tool_version: str = ""
     date: str = ""
     path: Path | None = None
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """What a method keeps besides thresholds, by name: `predictor.*` (Deja Vu), `clusters.*` (CoreInfer)."""
 
     @property
@@ -157,13 +188,15 @@ def load(path: str | Path, header: PackedHeader) -> SparsityFile:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    again = "make it again with `sparse-run calibrate`"
+    again = _AGAIN
     if not path.is_file():
         raise ModelError(f"{path}: no such sparsity file; make one with `sparse-run calibrate`")
     try:
         with safe_open(path, framework="np") as opened:
             meta = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            there = list(opened.keys())
+            later = [name for name in there if name.startswith(_LATER)]
+            tensors = {name: opened.get_tensor(name) for name in there if not name.startswith(_LATER)}
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: damaged or cut off ({error}); {again}") from None
     if meta.get("format") != FORMAT:
@@ -195,7 +228,10 @@ def load(path: str | Path, header: PackedHeader) -> SparsityFile:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: its metadata is damaged ({type(error).__name__}: {error}); {again}") from None
     _check_model(file, header)
-    file.arrays = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}
+    own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}
+    if own and later:
+        raise ModelError(f"{path}: holds predictors and clusters; {again}")
+    file.arrays = Stored(path, later) if later else own
     file.thresholds = _thresholds(path, tensors, header)
     return file
 

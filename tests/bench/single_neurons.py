@@ -59,6 +59,26 @@ def prepare(gguf: Path, packed: Path, threads: int) -> None:
         note.write_text(str(gate_quantile(packed, 1 - DENSITY, ids, threads)))
 
 
+def save_predictor(packed: Path) -> Path:
+    """The sparsity file of method predicted."""
+    from sparse_run import sparsity
+    from sparse_run.packed_header import read_header
+
+    header = read_header(packed)
+    file = sparsity.SparsityFile(
+        method="dejavu",
+        thresholds={},
+        levels={},
+        dense_tokens=0,
+        model_name=str(header.config.get("name", "")),
+        fingerprint=header.fingerprint,
+        shape=header.shape,
+        quantisation=header.quantisation,
+        arrays=skewed_predictor(header.config),
+    )
+    return sparsity.save(file, sparsity.path_of(packed, "bench-predictor"))
+
+
 def skewed_predictor(config: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """Thresholds of two kinds, by the share of tokens that name a hot and a cold neuron."""
     arrays = random_predictor(config, RANK, DENSITY)
@@ -76,19 +96,26 @@ def skewed_predictor(config: dict[str, Any]) -> dict[str, NDArray[Any]]:
 
 def child(args: argparse.Namespace) -> None:
     """One run; its result as JSON to standard output."""
-    from sparse_run import _core
+    from sparse_run import _core, sparsity
     from sparse_run.bench.memory import peak_rss_bytes
     from sparse_run.memory import summary
+    from sparse_run.model import tokenizer_within
+    from sparse_run.neurons import needs
+    from sparse_run.packed_header import read_header
     from sparse_run.predictors.coreinfer import selection
+    from sparse_run.skipping import bind
     from sparse_run.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(args.packed)  # counts, as it does where text is generated
+    # Counts, as it does where text is generated.
+    tokenizer = tokenizer_within(args.budget, args.packed) if args.budget else Tokenizer.load(args.packed)
     config = json.loads((args.packed / "config.json").read_text())
-    arrays = skewed_predictor(config) if args.method == "predicted" else {}
+    file = None
+    if args.method == "predicted":
+        file = sparsity.load(sparsity.path_of(args.packed, "bench-predictor"), read_header(args.packed))
     n_layers, n_ff = config["n_layers"], config["n_ff"]
     extra = {"set": n_layers * n_ff * 40 + 256 * n_ff, "exact": 0}.get(args.method, 0)
-    if arrays:
-        extra = sum(a.nbytes for a in arrays.values()) + 256 * n_ff * 5
+    if file is not None:
+        extra = needs(file, config, args.packed).extra_bytes
     share = {"set": DENSITY, "predicted": 1.0, "exact": 0.0}[args.method]
     core = _core.Model(
         str(args.packed),
@@ -98,7 +125,10 @@ def child(args: argparse.Namespace) -> None:
         extra_bytes=extra if args.budget else 0,
         neuron_share=share if args.budget else 0.0,
         by_gate=bool(args.budget) and args.method == "exact",
+        aside_bytes=tokenizer.peak_bytes if args.budget else 0,
     )
+    if args.budget:
+        tokenizer.attach(core.set_aside)
     session = _core.Session(core, CTX)
     ids = np.random.default_rng(3).integers(0, config["n_vocab"], PROMPT).astype(np.int32)
     if args.method == "set":
@@ -110,8 +140,8 @@ def child(args: argparse.Namespace) -> None:
         choice = selection.Choice(density=DENSITY)
         session.set_neurons(selection.choose(session.statistic(), choice))
         session.collect(None)
-    elif arrays:
-        session.set_predictor(_core.Predictor(core, arrays, 0))
+    elif file is not None:
+        session.set_predictor(bind(file, core).predictor)
     sampler = _core.Sampler(temperature=0.8, seed=0)
     start = time.perf_counter()
     session.step(sampler)
@@ -145,6 +175,8 @@ def measure(args: argparse.Namespace, method: str, budget: int) -> dict[str, Any
     sizes = ["--threads", str(args.threads), "--gen", str(args.gen), "--warm", str(args.warm)]
     threshold = float((args.packed / "threshold.txt").read_text()) if method == "exact" else 0.0
     set_activation(args.packed, activation="relu", activation_threshold=threshold)
+    if method == "predicted":
+        save_predictor(args.packed)
     runs: dict[str, list[dict[str, Any]]] = {"resident": [], "budget": []}
     for _ in range(args.runs):
         runs["resident"].append(run_json([*me, *sizes], ["decode"]))

@@ -191,6 +191,28 @@ TEST_CASE("what was asked for stays: a list that fits is read once, and one that
   CHECK_EQ(rig.pool->stats().tokens, 10);
 }
 
+TEST_CASE("slots that are lent come and go between tokens, and hold what they should while they are there") {
+  std::mt19937 rng(8);
+  Rig rig(4, 96, 1024, 1000, 120, 3);
+  const int all = rig.pool->slots(), least = NeuronPool::least_slots(rig.shape);
+  CHECK(all > least);
+  CHECK(rig.pool->fill(nullptr).empty());
+  for (int round = 0; round < 8; round++) {
+    const int n = round % 3 == 0 ? least : round % 3 == 1 ? all : least + int(rng() % uint32_t(all - least));
+    rig.pool->limit(n);
+    CHECK_EQ(rig.pool->limit(), n);
+    CHECK_EQ(wrong_slots(rig, 3, 0.6, 2, &rng), 0);
+    for (int l = 0; l < 4; l++) {
+      for (int i = 0; i < 96; i++) CHECK(rig.pool->slot(l, i) < n);
+    }
+  }
+  // None between two tokens, as a prompt's block wants it.
+  rig.pool->limit(0);
+  for (int i = 0; i < 96; i++) CHECK_EQ(rig.pool->slot(1, i), -1);
+  rig.pool->limit(all);
+  CHECK_EQ(wrong_slots(rig, 3, 1.0, 2, &rng), 0);
+}
+
 TEST_CASE("the hot beginning of the file is there from the start, by few long reads") {
   Rig rig(3, 128, 1024, 1000, 0, 3);
   const int64_t before = rig.source->reads;

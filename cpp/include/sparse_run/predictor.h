@@ -38,4 +38,7 @@ class Predictor {
   std::shared_ptr<Impl> impl_;
 };
 
+// Memory that a predictor of n items of one layer takes.
+size_t predictor_bytes(int rank, int n, int n_embd);
+
 }  // namespace sr
