@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 from compare_llamacpp import ROOT, RunFailed, exit_code, machine, run_json, say
-from exact_zeros import gate_quantile, random_predictor, set_activation
+from exact_zeros import gate_quantile, set_activation
 from numpy.typing import NDArray
 
 METHODS = ("set", "predicted", "exact")
@@ -57,6 +57,25 @@ def prepare(gguf: Path, packed: Path, threads: int) -> None:
         set_activation(packed, activation="relu", activation_threshold=0)
         ids = np.random.default_rng(0).integers(0, 1000, 32).astype(np.int32)
         note.write_text(str(gate_quantile(packed, 1 - DENSITY, ids, threads)))
+
+
+def random_predictor(config: dict[str, Any], rank: int, share: float) -> dict[str, NDArray[Any]]:
+    """Scores of random products are Gaussian: the threshold is a quantile."""
+    rng = np.random.default_rng(1)
+    n_embd, n_ff, arrays = config["n_embd"], config["n_ff"], {}
+    quantile = statistics.NormalDist().inv_cdf(1 - share)
+    for layer in range(config["n_layers"]):
+        a, b = (rng.integers(-127, 128, shape).astype(np.int8) for shape in ((rank, n_embd), (n_ff, rank)))
+        std = 127 / np.sqrt(3)
+        made = {
+            "a": a,
+            "a_scale": np.full(rank, 1 / (std * np.sqrt(n_embd)), np.float32),
+            "b": b,
+            "b_scale": np.full(n_ff, 1 / (std * np.sqrt(rank)), np.float32),
+            "threshold": np.full(n_ff, quantile, np.float32),
+        }
+        arrays |= {f"predictor.{layer}.neurons.{key}": value for key, value in made.items()}
+    return arrays
 
 
 def save_predictor(packed: Path) -> Path:
