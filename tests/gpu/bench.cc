@@ -1,9 +1,10 @@
-// What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER]]. With 0 layers: two small ones, which shows that
-// the program works, emulated too. Prints the copy rate of the device, the products alone, and decoding through the
-// engine: dense, greedy, drawn from the likeliest tokens, with half of all columns left out, with half of the neurons
-// on the CPU, and with the exact zeros of a ReLU left out; dense, columns and zeros once more with kernels that start
-// before the one before is over, and without graphs. The models are random bits, written into FOLDER (default /tmp;
-// 3.8 GB at 32 layers) and removed. No timing is taken while anything else than the step runs; medians of repetitions.
+// What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER [decode]]]. With 0 layers: two small ones, which
+// shows that the program works, emulated too. With `decode`: a few tokens only, for a profiler. Prints the copy rate of
+// the device, the products alone, and decoding through the engine: dense, greedy, drawn from the likeliest tokens, with
+// half of all columns left out, with half of the neurons on the CPU, and with the exact zeros of a ReLU left out; dense,
+// columns and zeros once more with kernels that start before the one before is over, and without graphs. The models are
+// random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and removed. No timing is taken while anything
+// else than the step runs; medians of repetitions.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -530,6 +531,14 @@ int main(int argc, char** argv) {
     cudaDeviceProp device;
     cuda::check(cudaGetDeviceProperties(&device, 0), "its properties");
     const bool tiny = layers == 0;  // does the program itself work?
+    if (argc > 3 && std::string(argv[3]) == "decode") {
+      if (tiny) shape = kSmall;
+      const Synthetic synthetic(folder, tiny ? 2 : layers, false);
+      const Model model = open(synthetic.path());
+      Session session(model, 1024);
+      std::printf("decoding a token: %.2f ms\n", decode(session, tiny ? 4 : 64, 3).ms);
+      return 0;
+    }
     cuda::Stream s;
     const double copy = copy_rate(s, size_t(tiny ? 1 : 1024) << 20);
     std::printf("%s, compute capability %d.%d, %d multiprocessors, %.1f GB; copy %.1f GB/s read and written\n",

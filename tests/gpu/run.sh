@@ -4,15 +4,15 @@
 # races, prints the benchmark table. How a short session is best used: tests/gpu/README.md.
 #   tests/gpu/run.sh [--only PART,PART...] [--layers N] [--scratch FOLDER] [--story MODEL_DIR] [--results FOLDER]
 #                    [--rehearse]
-# --only: some of build, check, stories, bench, torch, sanitize; the others are left out, so that a session that is cut
-#   into short commands can go on where it was. No step takes longer than SPARSE_RUN_STEP_LIMIT seconds (570).
+# --only: some of build, check, stories, bench, torch, profile, sanitize; the others are left out, so that a session
+#   that is cut into short commands can go on where it was. No step takes longer than SPARSE_RUN_STEP_LIMIT seconds (570).
 # --layers: of the 7B-shape model (32: 3.8 GB on disk and on the GPU).
 # --story: stories260K, packed (`python3 tests/gpu/golden.py pack STORIES_DIR MODEL_DIR` where Python has what that
 #   needs); else it is made here from SPARSE_RUN_TEST_SHARED.
 # --rehearse: where there is no GPU, emulated and at the smallest sizes: shows that every part of this works; its
 #   figures mean nothing.
 # Needs nvcc (or CUDACXX), g++, CMake, Python 3, a GPU and its nvidia-smi; no network. PyTorch with CUDA and
-# compute-sanitizer are used where they are. Prints into tests/gpu/results/ with date, device and commit
+# Nsight Compute (ncu) and compute-sanitizer are used where they are. Prints into tests/gpu/results/ with date, device and commit
 # (SPARSE_RUN_COMMIT where there is no git), line by line, so that a session that is cut off has kept what it found.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -22,7 +22,7 @@ usage() {
   exit 2
 }
 layers=32 scratch=${TMPDIR:-/tmp} story='' results=tests/gpu/results rehearse=0
-only=build,check,stories,bench,torch,sanitize
+only=build,check,stories,bench,torch,profile,sanitize
 limit=${SPARSE_RUN_STEP_LIMIT:-570}
 while [ $# -gt 0 ]; do
   if [ "$1" = --rehearse ]; then rehearse=1 layers=0; shift; continue; fi
@@ -38,7 +38,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 for part in ${only//,/ }; do
-  case $part in build | check | stories | bench | torch | sanitize) ;; *) echo "no part '$part'" >&2; usage ;; esac
+  case $part in build | check | stories | bench | torch | profile | sanitize) ;; *) echo "no part '$part'" >&2; usage ;; esac
 done
 part() { case ",$only," in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
 
@@ -124,6 +124,21 @@ if part torch; then
     program python3 tests/gpu/torch_fp16.py "$layers"
   else
     echo "no PyTorch with CUDA: no fp16 figures beside these"
+  fi
+fi
+
+if part profile; then
+  # What each kernel of a decoded token takes, one after the other: two layers of the shape, without graphs.
+  kernels='regex:gemv|prepare|heads|attend|merge|activate'
+  metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
+  metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__grid_size
+  if [ $rehearse = 1 ]; then
+    program env SPARSE_RUN_CUDA_GRAPHS=0 "$build/gpu_bench" 0 "$scratch" decode
+  elif command -v ncu >/dev/null; then
+    program env SPARSE_RUN_CUDA_GRAPHS=0 ncu --kernel-name "$kernels" --metrics $metrics --launch-skip 40 \
+      --launch-count 44 "$build/gpu_bench" 2 "$scratch" decode
+  else
+    echo "no ncu: kernels are not timed one by one"
   fi
 fi
 

@@ -258,6 +258,7 @@ def test_the_script_for_a_gpu_works_to_its_end_where_it_is_rehearsed(
         "without graphs: dense",
         "(target 2x)",
         "PyTorch",
+        "decoding a token: ",
         "all of it passed",
     ):
         assert wanted in done.stdout, done.stdout[-6000:]
