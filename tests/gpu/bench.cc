@@ -1,10 +1,10 @@
 // What a GPU does with a model of 7B shape: bench [LAYERS [FOLDER [decode]]]. With 0 layers: two small ones, which
 // shows that the program works, emulated too. With `decode`: a few tokens only, for a profiler. Prints the copy rate of
 // the device, the products alone, and decoding through the engine: dense, greedy, drawn from the likeliest tokens, with
-// half of all columns left out, with half of the neurons on the CPU, and with the exact zeros of a ReLU left out; dense,
-// columns and zeros once more with kernels that start before the one before is over, and without graphs. The models are
-// random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and removed. No timing is taken while anything
-// else than the step runs; medians of repetitions.
+// half of all columns left out, with half of the neurons on the CPU, and with the exact zeros of a ReLU left out;
+// dense, columns and zeros once more with kernels that start before the one before is over, and without graphs. The
+// models are random bits, written into FOLDER (default /tmp; 3.8 GB at 32 layers) and removed. No timing is taken while
+// anything else than the step runs; medians of repetitions.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

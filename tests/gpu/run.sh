@@ -5,15 +5,17 @@
 #   tests/gpu/run.sh [--only PART,PART...] [--layers N] [--scratch FOLDER] [--story MODEL_DIR] [--results FOLDER]
 #                    [--rehearse]
 # --only: some of build, check, stories, bench, torch, profile, sanitize; the others are left out, so that a session
-#   that is cut into short commands can go on where it was. No step takes longer than SPARSE_RUN_STEP_LIMIT seconds (570).
+#   that is cut into short commands can go on where it was. No step takes longer than SPARSE_RUN_STEP_LIMIT seconds
+#   (570).
 # --layers: of the 7B-shape model (32: 3.8 GB on disk and on the GPU).
 # --story: stories260K, packed (`python3 tests/gpu/golden.py pack STORIES_DIR MODEL_DIR` where Python has what that
 #   needs); else it is made here from SPARSE_RUN_TEST_SHARED.
 # --rehearse: where there is no GPU, emulated and at the smallest sizes: shows that every part of this works; its
 #   figures mean nothing.
 # Needs nvcc (or CUDACXX), g++, CMake, Python 3, a GPU and its nvidia-smi; no network. PyTorch with CUDA and
-# Nsight Compute (ncu) and compute-sanitizer are used where they are. Prints into tests/gpu/results/ with date, device and commit
-# (SPARSE_RUN_COMMIT where there is no git), line by line, so that a session that is cut off has kept what it found.
+# Nsight Compute (ncu) and compute-sanitizer are used where they are. Prints into tests/gpu/results/ with date, device
+# and commit (SPARSE_RUN_COMMIT where there is no git), line by line, so that a session that is cut off has kept what it
+# found.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -38,7 +40,10 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 for part in ${only//,/ }; do
-  case $part in build | check | stories | bench | torch | profile | sanitize) ;; *) echo "no part '$part'" >&2; usage ;; esac
+  case $part in
+    build | check | stories | bench | torch | profile | sanitize) ;;
+    *) echo "no part '$part'" >&2; usage ;;
+  esac
 done
 part() { case ",$only," in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
 
