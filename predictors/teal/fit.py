@@ -264,7 +264,8 @@ class Fit(calibration.Calibration):
     # Allocation
 
     def levels(self, allocation: str, target: float) -> NDArray[np.float64]:
-        """Levels [n_layers, 4] that skip a share `target` of the bytes that can be skipped; NaN is dense."""
+        """Levels [n_layers, 4] that skip a share `target` of the bytes that can be skipped; NaN is dense. "global" leaves
+        sites dense whose part of that is not worth skipping on this machine, and so skips less."""
         import numpy as np
 
         if allocation == "uniform" or not target:
@@ -278,7 +279,8 @@ class Fit(calibration.Calibration):
         elif allocation == "global":
             anchor = min(ANCHORS, key=lambda a: abs(math.log(a / target)))
             moved = self._greedy_levels(target) * self.factors(anchor)
-            out = shape.worthwhile(moved, self.weights, target, self.floors(), allocate.MAX_LEVEL)
+            moved = shape.rescaled(moved, self.weights, target, allocate.MAX_LEVEL)
+            out = shape.worthwhile(moved, self.weights, self.floors())
         else:
             raise UsageError(f"allocation is {allocation!r}; it must be one of {', '.join(self.ALLOCATIONS)}")
         return np.where(out < MIN_LEVEL, np.nan, out)

@@ -67,33 +67,18 @@ def rescaled(
 
 
 def worthwhile(
-    levels: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    target: float,
-    floors: NDArray[np.float64],
-    top: float,
+    levels: NDArray[np.float64], weights: NDArray[np.float64], floors: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """As `rescaled`, without the sites whose levels are below the site's floor on average: such products run dense on the
-    machine, so that masking their inputs would cost quality for nothing. The site furthest below its floor goes first, and
-    what it would have skipped goes to the others; where those cannot reach the target, levels stay as they are. Where even
-    the last site is below its floor, the target is too low for this machine, and nothing is skipped.
+    """The levels, 0 at sites where they are below the site's floor on average: such products run dense on the machine, so
+    that masking their inputs would cost quality for nothing. What they would have skipped is not asked of the others.
 
     Whole sites, never single layers: levels that differ from layer to layer by whether they are above a floor cost ten times
     the divergence. floors: [sites]."""
     import numpy as np
 
-    shape = np.where(weights > 0, levels, 0.0)
     held = weights.sum(0)
-    while shape.any():
-        out = rescaled(shape, weights, target, top)
-        mean = (out * weights).sum(0) / np.maximum(held, 1e-30)
-        short = np.where((mean > 0) & (held > 0), floors - mean, 0.0)
-        if short.max() <= 0:
-            return out
-        shape[:, int(short.argmax())] = 0
-        if shape.any() and (np.where(shape > 0, top, 0.0) * weights).sum() < target * weights.sum():
-            return out
-    return shape
+    mean = (levels * weights).sum(0) / np.maximum(held, 1e-30)
+    return np.where((held > 0) & (mean >= floors), levels, 0.0)
 
 
 def steps(
