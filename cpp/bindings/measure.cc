@@ -4,6 +4,7 @@
 
 #include "bindings/bindings.h"
 #include "kernels/measure.h"
+#include "kernels/panels.h"
 #include "kernels/pack/pack.h"
 
 namespace sr {
@@ -38,7 +39,7 @@ class MemoryBench {
   }
 
   ColumnTimes columns(const std::string& kind, py::ssize_t group, bool has_min, py::ssize_t rows, py::ssize_t cols,
-                      py::ssize_t panel_rows, double density) {
+                      py::ssize_t panel_rows, double density, bool shared) {
     constexpr py::ssize_t kMaxSide = py::ssize_t(1) << 24;
     PanelMatrix shape;
     shape.kind = weight_kind_from_name(kind);
@@ -51,6 +52,7 @@ class MemoryBench {
     shape.cols = in_range("cols", cols, 1, kMaxSide);
     shape.panel_rows = in_range("panel_rows", panel_rows, kTileRows, kMaxSide);
     if (panel_rows % kTileRows) throw Error(ErrorCode::usage, "panel_rows must be a multiple of 64");
+    if (shared) shape.set_stretches(column_stretches(shape.rows, shape.cols));
     std::lock_guard<std::mutex> lock(mutex_);
     return time_columns(pool_, bank_, shape, density_in_range(density));
   }
@@ -88,11 +90,11 @@ void bind_measure(py::module_& m) {
       .def(
           "columns",
           [](MemoryBench& self, const std::string& kind, py::ssize_t group, bool has_min, py::ssize_t rows,
-             py::ssize_t cols, py::ssize_t panel_rows, double density) {
+             py::ssize_t cols, py::ssize_t panel_rows, double density, bool shared_columns) {
             ColumnTimes t;
             {
               py::gil_scoped_release release;
-              t = self.columns(kind, group, has_min, rows, cols, panel_rows, density);
+              t = self.columns(kind, group, has_min, rows, cols, panel_rows, density, shared_columns);
             }
             py::dict d;
             d["dense_seconds"] = t.dense;
@@ -102,7 +104,7 @@ void bind_measure(py::module_& m) {
             return d;
           },
           py::arg("kind"), py::arg("group"), py::arg("has_min"), py::arg("rows"), py::arg("cols"),
-          py::arg("panel_rows"), py::arg("density"))
+          py::arg("panel_rows"), py::arg("density"), py::arg("shared_columns") = false)
       .def(
           "rows",
           [](MemoryBench& self, const std::string& kind, py::ssize_t group, bool has_min, py::ssize_t neurons,

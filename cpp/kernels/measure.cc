@@ -8,6 +8,7 @@
 #include <cstring>
 #include <random>
 
+#include "kernels/panels.h"
 #include "sparse_run/error.h"
 
 namespace sr {
@@ -110,17 +111,37 @@ ColumnTimes time_columns(ThreadPool& pool, WeightBank& bank, const PanelMatrix& 
     slabs_read += count[s] == 1;
   }
   const KernelTable& k = kernels();
+  const int stretches = shape.stretches;
+  const size_t apart = y.size();
+  std::vector<std::vector<float>> sums(size_t(threads), std::vector<float>(stretches > 1 ? stretches * apart : 0));
   const QuantVector all{q.data(), scale.data(), sum.data()}, some{masked.data(), scale.data(), masked_sum.data()};
   const ActiveColumns active{cols.data(), count.data()};
   const auto pass = [&](bool sparse) {
     const uint8_t* data = bank.next();
     return seconds(pool, [&](int tid) {
-      const int begin = border(shape, tid, threads), end = border(shape, tid + 1, threads);
       PanelMatrix w = shape;
+      const auto multiply = [&](int begin, int end, float* to) {
+        if (sparse) k.gemv_q_cols(w, some, active, begin, end, to);
+        else k.gemv_q(w, all, begin, end, to);
+      };
+      const int begin = border(shape, tid, threads), end = border(shape, tid + 1, threads);
+      const int units = stretches * w.tiles();
+      std::vector<float>& own = sums[size_t(tid)];
       for (int i = 0; i < copies; i++) {
         w.data = data + one * size_t(i);
-        if (sparse) k.gemv_q_cols(w, some, active, begin, end, y.data());
-        else k.gemv_q(w, all, begin, end, y.data());
+        if (stretches == 1) {
+          multiply(begin, end, y.data());
+          continue;
+        }
+        // Every thread adds all sums, in the decoder those of the other threads.
+        for_stretches(w.tiles(), int(int64_t(units) * tid / threads), int(int64_t(units) * (tid + 1) / threads),
+                      [&](int from, int to, int first, int last) {
+                        w = w.some_stretches(from, to, apart);
+                        multiply(first, last, own.data() + size_t(from) * apart);
+                      });
+        for (int s = 1; s < stretches; s++) {
+          for (size_t r = 0; r < apart; r++) own[r] += own[size_t(s) * apart + r];
+        }
       }
     }) / copies;
   };

@@ -33,7 +33,8 @@ class WeightBank {
 double gather_gb_per_s(ThreadPool& pool, WeightBank& bank, size_t run, double density);
 
 // One matrix of this shape (its data is not looked at), as often as a part of the bank holds it, times a vector of
-// which a random share of the columns is active: seconds for one matrix, dense and skipping, one pass each.
+// which a random share of the columns is active: seconds for one matrix, dense and skipping, one pass each. Threads
+// share its stretches where the shape names several, and each adds all sums.
 struct ColumnTimes {
   double dense, sparse;
   double dense_bytes, sparse_bytes;  // of one matrix: all of it; active columns, and scales of slabs that have any

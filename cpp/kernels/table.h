@@ -60,7 +60,8 @@ struct KernelTable {
   int (*select)(const float* x, const float* threshold, int stride, int n, int8_t* q, int32_t* sum, uint8_t* cols,
                 uint8_t* count);
 
-  // y[r] for the rows of tiles [tile_begin, tile_end) of w; y is indexed by row and has padded_rows() entries.
+  // y[r] for the rows of tiles [tile_begin, tile_end) of w; y is indexed by row and has padded_rows() entries, for each
+  // of the stretches that w names (PanelMatrix::stretches).
   // Integer sums are exact; per slab, y = fma(float(sum) * scale, x_scale, y) and, with minima,
   // y = fma(min', x_scale * float(x_sum), y), min' = fma(scale, bias, min): the same bits on every ISA.
   void (*gemv_q)(const PanelMatrix& w, const QuantVector& x, int tile_begin, int tile_end, float* y);
@@ -70,7 +71,8 @@ struct KernelTable {
                       int tile_end, float* y);
   void (*gemv_f)(const PanelMatrix& w, const float* x, int tile_begin, int tile_end, float* y);
 
-  // n vectors at once: q [n, padded_cols], scale [n, slabs], sum [n, 2 slabs]; y [n, ldy]. Bit-equal to n gemv_q.
+  // n vectors at once: q [n, padded_cols], scale [n, slabs], sum [n, 2 slabs]; y [n, ldy]. Bit-equal to n gemv_q
+  // and their sums of stretches added in order.
   // scratch: gemm_scratch_bytes(w) bytes, 64-byte aligned, one per thread.
   void (*gemm_q)(const PanelMatrix& w, const QuantVector& x, int n, int tile_begin, int tile_end, float* y, size_t ldy,
                  void* scratch);

@@ -18,7 +18,14 @@ void Decoder::decode(int tid, const Pass& pass) {
   Thread& t = *thread_[size_t(tid)];
   const DecoderConfig& c = config_;
   const auto share = [&](const Linear& w, const Input& in, float* y) {
+    if (w.in_partials()) return gemv_partial(w, in, w.unit_share[size_t(tid)], w.unit_share[size_t(tid) + 1], y);
     for_share(w, tid, pass, [&](int begin, int end) { gemv(w, in, begin, end, y); });
+  };
+  // What all threads have multiplied.
+  const auto whole = [&](const Linear& w, const float* y) -> const float* {
+    if (!w.in_partials()) return y;
+    add_partials(w, y, t.sum.data());
+    return t.sum.data();
   };
 
   embed_row(pass, 0, t.x.data());
@@ -36,7 +43,7 @@ void Decoder::decode(int tid, const Pass& pass) {
     pool_.barrier();
 
     predict_scores(tid, pass, l);
-    decode_attention(t, pass, l);
+    decode_attention(t, pass, l, whole(w.attn_qkv, qkv_.data()));
     pool_.barrier();
 
     if (tid == 0) counter_[0].reset();
@@ -51,7 +58,7 @@ void Decoder::decode(int tid, const Pass& pass) {
 
     const LayerWeights& f = ffn_weights(l);
     if (tid == 0) count_held(pass, pass.pos, true, f.ffn_bytes());
-    prepare_ffn(f, branch_o_.data(), t.scratch.data(), t.x.data(), &t.in, 0);
+    prepare_ffn(f, whole(w.attn_o, branch_o_.data()), t.scratch.data(), t.x.data(), &t.in, 0);
     if (f.ffn_rows) decode_neurons(tid, pass, l);
     else decode_panels(tid, pass, l);
     pool_.barrier();
@@ -67,7 +74,8 @@ void Decoder::decode(int tid, const Pass& pass) {
     pool_.barrier();
 
     if (leave_) return;
-    add_branch(branch_down_.data(), f.post_ffn_norm, t.scratch.data(), t.x.data());
+    const float* down = pass.stored ? branch_down_.data() : whole(f.ffn_down, branch_down_.data());
+    add_branch(down, f.post_ffn_norm, t.scratch.data(), t.x.data());
   }
   if (pass.which == Logits::none) return;
 
@@ -81,7 +89,7 @@ void Decoder::decode(int tid, const Pass& pass) {
 
 // Items are (chunk, key head), the last chunk last: it is the short one. Whoever takes a head's last chunk also stores
 // the new key and value, which no other item reads.
-void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
+void Decoder::decode_attention(Thread& t, const Pass& pass, int layer, const float* qkv) {
   const DecoderConfig& c = config_;
   const LayerWeights& w = attention_weights(layer);
   const Rope& rope = rope_of(layer);
@@ -95,12 +103,12 @@ void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
   const uint8_t* keep = heads_kept(pass, layer, 0, true);
   const bool full = c.qk_norm == QkNorm::full;
   if (full) {
-    norm_row(w.q_norm, qkv_.data() + w.head_at[0], c.n_attn(), t.qk.data());
-    norm_row(w.k_norm, qkv_.data() + w.head_at[size_t(c.n_heads)], c.n_kv(), t.qk.data() + c.n_attn());
+    norm_row(w.q_norm, qkv + w.head_at[0], c.n_attn(), t.qk.data());
+    norm_row(w.k_norm, qkv + w.head_at[size_t(c.n_heads)], c.n_kv(), t.qk.data() + c.n_attn());
   }
   // Head h of q, or of k counted on from there, normed and rotated.
   const auto make_head = [&](int h, const Norm& norm, float* out) {
-    const float* from = full ? t.qk.data() + size_t(h) * hd : qkv_.data() + w.head_at[size_t(h)];
+    const float* from = full ? t.qk.data() + size_t(h) * hd : qkv + w.head_at[size_t(h)];
     std::copy(from, from + hd, out);
     rotate_head(full ? Norm() : norm, rope, rotate, table, out);
   };
@@ -109,7 +117,7 @@ void Decoder::decode_attention(Thread& t, const Pass& pass, int layer) {
     const int chunk = chunk_begin + item / c.n_kv_heads, kv_head = item % c.n_kv_heads;
     const int base = chunk * kAttentionChunk, last = std::min(pass.pos + 1 - base, kAttentionChunk);
     if (chunk + 1 == chunk_end) {
-      const float* v = qkv_.data() + w.head_at[size_t(c.n_heads + c.n_kv_heads + kv_head)];
+      const float* v = qkv + w.head_at[size_t(c.n_heads + c.n_kv_heads + kv_head)];
       make_head(c.n_heads + kv_head, w.k_norm, t.k.data());
       pass.cache->write(layer, kv_head, pass.pos, t.k.data(), v, t.half.data());
     }

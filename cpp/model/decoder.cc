@@ -47,8 +47,12 @@ Decoder::Decoder(const PackedModel& model, int threads)
                        config_.rope_mscale_local),
       pool_(threads) {
   const DecoderConfig& c = config_;
-  int qkv_rows = 0;
-  for (const LayerWeights& l : weights_.layers) qkv_rows = std::max(qkv_rows, l.attn_qkv.padded_rows());
+  int qkv_rows = 0, qkv_partial = 0, branch_partial = 0;
+  for (const LayerWeights& l : weights_.layers) {
+    qkv_rows = std::max(qkv_rows, l.attn_qkv.padded_rows());
+    qkv_partial = std::max(qkv_partial, l.attn_qkv.partial_rows());
+    branch_partial = std::max({branch_partial, l.attn_o.partial_rows(), l.ffn_down.partial_rows()});
+  }
   const int embd_rows = weights_.layers[0].attn_o.padded_rows();
   const size_t scratch = scratch_bytes(weights_);
   const size_t hd = size_t(c.head_dim);
@@ -58,6 +62,7 @@ Decoder::Decoder(const PackedModel& model, int threads)
     auto t = std::make_unique<Thread>();
     t->x.reset(size_t(c.n_embd), kWorkspace);
     t->scratch.reset(size_t(c.n_embd), kWorkspace);
+    t->sum.reset(size_t(std::max(qkv_rows, embd_rows)), kWorkspace);
     t->in.reset(1, c.n_embd, kWorkspace, by_neuron);
     t->kept_share.assign(size_t(c.n_layers), 0);
     t->att.reset(1, c.n_attn(), kWorkspace);
@@ -72,9 +77,9 @@ Decoder::Decoder(const PackedModel& model, int threads)
     t->gemm_scratch.reset(scratch, kWorkspace);
     thread_.push_back(std::move(t));
   }
-  qkv_.reset(size_t(qkv_rows), kWorkspace);
-  branch_o_.reset(size_t(embd_rows), kWorkspace);
-  branch_down_.reset(size_t(embd_rows), kWorkspace);
+  qkv_.reset(size_t(qkv_partial), kWorkspace);
+  branch_o_.reset(size_t(branch_partial), kWorkspace);
+  branch_down_.reset(size_t(branch_partial), kWorkspace);
   attention_.reset(size_t(c.n_attn()), kWorkspace);
   gate_up_.reset(size_t(c.n_ff) * 2, kWorkspace);
   rope_table_.reset(size_t(c.rope_dims), kWorkspace);

@@ -197,7 +197,7 @@ class Decoder {
   NeuronShare neuron_share(int tid, const Pass& pass, int layer, int from, int to) const;
   // The set of neurons that was fixed for a layer, null: all.
   const NeuronSet* chosen(const Pass& pass, int layer, bool decode) const;
-  void decode_attention(Thread& t, const Pass& pass, int layer);
+  void decode_attention(Thread& t, const Pass& pass, int layer, const float* qkv);
   void gather_attention(int tid, Thread& t, int layer, int pos);
   void prefill(int tid, const Pass& pass);
   void prefill_attention(Thread& t, const Pass& pass, int layer, int item, int row_begin);

@@ -8,15 +8,11 @@
 
 namespace sr {
 
-// `local` seen as the array whose elements from `begin` on it holds: kernels index outputs by row of the matrix.
-inline float* indexed_from(float* local, size_t begin) {
-  return reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(local) - begin * sizeof(float));
-}
-
 // Every thread keeps its own copy of the residual stream in decode, so that norms need no barrier of their own.
 struct Decoder::Thread {
   AlignedBuffer<float> x;        // [n_embd]
   AlignedBuffer<float> scratch;  // [n_embd]
+  AlignedBuffer<float> sum;      // [padded rows of q, k and v or of n_embd]: where products come in partial sums
   InputBuffer in;                // 1 row of n_embd: what attention, FFN or head multiply
   InputBuffer att;               // 1 row of n_attn: what attn_o multiplies
   AlignedBuffer<float> q;        // [heads_per_kv, at most kMaxQueries; head_dim]

@@ -74,7 +74,15 @@ PanelMatrix take_tiles(const PanelMatrix& m, const std::vector<int>& tiles, std:
 
 PanelMatrix take_columns(const PanelMatrix& m, const std::vector<int>& units,
                          std::vector<AlignedBuffer<uint8_t>>* data) {
-  const PanelMatrix out = with_room(m, m.rows, int(units.size()) * kTileRows, data);
+  PanelMatrix out = with_room(m, m.rows, int(units.size()) * kTileRows, data);
+  // Stretches hold what is left of their columns, so that sums are those of the whole with the others masked.
+  constexpr int kUnitSlabs = kTileRows / kSlabCols;
+  for (int k = 0; k <= m.stretches; k++) {
+    out.stretch_borders[k] = 0;
+    for (int unit : units) {
+      out.stretch_borders[k] += std::min(std::max(m.stretch_borders[k] - unit * kUnitSlabs, 0), kUnitSlabs);
+    }
+  }
   const bool quantised = is_quantised(m.kind);
   const int step = quantised ? m.panel_rows : kTileRows;  // floats lie tile by tile
   const uint8_t* from = m.data;

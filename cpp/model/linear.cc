@@ -122,6 +122,7 @@ Linear linear_of(std::vector<PanelMatrix> parts, const float* bias) {
   }
   w.rows = w.row_begin.back();
   w.cols = w.parts.front().cols;
+  w.stretches = w.parts.front().stretches;
   if (bias) w.bytes += size_t(w.rows) * sizeof(float);
   return w;
 }
@@ -142,6 +143,12 @@ float break_even_by_shape(const Linear& w) {
   size_t run = w.parts.empty() ? 0 : SIZE_MAX;
   for (const PanelMatrix& p : w.parts) run = std::min(run, p.run_bytes(std::min(p.panel_rows, p.padded_rows())));
   return run < kLongRun ? 0.7f : 0.9f;
+}
+
+void set_stretches(Linear* w) {
+  if (w->floating) return;
+  w->stretches = column_stretches(w->rows, w->cols);
+  for (PanelMatrix& p : w->parts) p.set_stretches(w->stretches);
 }
 
 void set_shares(Linear* w, int threads, int tiles_per_unit) {
@@ -174,6 +181,21 @@ void set_shares(Linear* w, int threads, int tiles_per_unit) {
     w->share.push_back(std::max(border, w->share.back()));
   }
   w->share.push_back(w->tiles());
+  if (w->stretches == 1) return;
+  // The same of tiles of stretches. Whole stretches are better: they are read in whole runs.
+  const int tiles = w->tiles(), all = w->stretches * tiles;
+  w->unit_share.assign(1, 0);
+  for (int t = 1; t < threads; t++) {
+    const double target = double(before.back()) * w->stretches * t / threads;
+    int even = std::max(0, int(target / double(before.back())) * tiles);
+    while (even < all && double(before[size_t(even % tiles)]) < target - double(even / tiles) * double(before.back())) {
+      even++;
+    }
+    const int border = (even + tiles / 2) / tiles * tiles;
+    const bool near = std::abs(border - even) <= all / threads / 8;
+    w->unit_share.push_back(std::max(near ? border : even, w->unit_share.back()));
+  }
+  w->unit_share.push_back(all);
 }
 
 std::vector<int> even_share(int tile_begin, int tile_end, int threads, int tiles_per_unit) {
@@ -204,20 +226,63 @@ void add_bias(const float* bias, int begin, int end, float* y) {
   for (int r = begin; r < end; r++) y[r] += bias[r];
 }
 
+void multiply(const PanelMatrix& m, const Input& x, int tile_begin, int tile_end, float* y) {
+  const KernelTable& k = kernels();
+  if (!is_quantised(m.kind)) k.gemv_f(m, x.x, tile_begin, tile_end, y);
+  else if (x.active.cols) k.gemv_q_cols(m, x.q, x.active, tile_begin, tile_end, y);
+  else k.gemv_q(m, x.q, tile_begin, tile_end, y);
+}
+
+// y as gemv makes it, where the products come in several sums.
+void multiply_and_add(const PanelMatrix& m, const Input& x, int tile_begin, int tile_end, float* y) {
+  constexpr int kTogether = 16;  // tiles
+  float sums[kMostStretches * kTogether * kTileRows];
+  for (int first = tile_begin; first < tile_end; first += kTogether) {
+    const int last = std::min(tile_end, first + kTogether), n = (last - first) * kTileRows;
+    float* own = indexed_from(sums, size_t(first) * kTileRows);
+    multiply(m.some_stretches(0, m.stretches, size_t(n)), x, first, last, own);
+    float* to = y + size_t(first) * kTileRows;
+    std::copy_n(sums, n, to);
+    for (int k = 1; k < m.stretches; k++) {
+      for (int r = 0; r < n; r++) to[r] += sums[k * n + r];
+    }
+  }
+}
+
 }  // namespace
 
 void gemv(const Linear& w, const Input& x, int tile_begin, int tile_end, float* y) {
-  const KernelTable& k = kernels();
   for_each_part(w, tile_begin, tile_end,
                 [&](const PanelMatrix& m, int begin, int end, int row, int row_end, size_t offset, const float* bias) {
-                  if (is_quantised(m.kind)) {
-                    if (x.active.cols) k.gemv_q_cols(m, x.q, x.active, begin, end, y + offset);
-                    else k.gemv_q(m, x.q, begin, end, y + offset);
+                  float* to = y + offset;
+                  if (m.stretches == 1) {
+                    multiply(m, x, begin, end, to);
                   } else {
-                    k.gemv_f(m, x.x, begin, end, y + offset);
+                    multiply_and_add(m, x, begin, end, to);
                   }
-                  add_bias(bias, row, row_end, y + offset);
+                  add_bias(bias, row, row_end, to);
                 });
+}
+
+void gemv_partial(const Linear& w, const Input& x, int begin, int end, float* y) {
+  const size_t apart = size_t(w.padded_rows());
+  for_stretches(w.tiles(), begin, end, [&](int k, int k_end, int first, int last) {
+    for_each_part(w, first, last, [&](const PanelMatrix& m, int from, int to, int, int, size_t offset, const float*) {
+      multiply(m.some_stretches(k, k_end, apart), x, from, to, y + size_t(k) * apart + offset);
+    });
+  });
+}
+
+void add_partials(const Linear& w, const float* partial, float* y) {
+  const int n = w.padded_rows();
+  std::copy_n(partial, n, y);
+  for (int k = 1; k < w.stretches; k++) {
+    const float* more = partial + size_t(k) * size_t(n);
+    for (int r = 0; r < n; r++) y[r] += more[r];
+  }
+  for (size_t p = 0; w.bias && p < w.parts.size(); p++) {
+    add_bias(w.bias + w.row_begin[p], 0, w.parts[p].rows, y + size_t(w.tile_begin[p]) * kTileRows);
+  }
 }
 
 void gemm(const Linear& w, const Input& x, int n, int tile_begin, int tile_end, float* y, size_t ldy, void* scratch) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "kernels/panels.h"
 #include "kernels/table.h"
 #include "sparse/plan.h"
 
@@ -62,6 +63,11 @@ struct Slice {
   std::vector<int> share;  // [threads + 1] tiles of each thread
 };
 
+// `local` seen as the array whose elements from `begin` on it holds: kernels index outputs by row of the matrix.
+inline float* indexed_from(float* local, size_t begin) {
+  return reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(local) - begin * sizeof(float));
+}
+
 struct Linear {
   std::vector<PanelMatrix> parts;
   std::vector<int> tile_begin;  // [parts + 1] first tile of each part in the whole
@@ -72,11 +78,19 @@ struct Linear {
   bool floating = false;        // some part needs the fp32 input
   size_t bytes = 0;
   std::vector<int> share;       // [threads + 1] tiles of each thread, balanced by bytes
+  // A matrix of few rows is multiplied stretch by stretch of its columns, and the products are added in this order.
+  // Threads can then own stretches and read columns in whole runs, where each would read a piece of every run if it
+  // owned rows. The shape alone says how many there are, so bits do not depend on the threads.
+  int stretches = 1;
+  std::vector<int> unit_share;  // [threads + 1] units of each thread; a unit is a tile of a stretch, stretch by stretch
   std::vector<Slice> slices;    // in the order of use; empty where all of it is resident
 
   bool empty() const { return parts.empty(); }
   int tiles() const { return tile_begin.back(); }
   int padded_rows() const { return tiles() * kTileRows; }  // floats that an output needs
+  int partial_rows() const { return stretches * padded_rows(); }  // floats that gemv_partial needs
+  // Whether threads share its stretches when one vector is multiplied.
+  bool in_partials() const { return stretches > 1 && slices.empty(); }
   // Where the output of row r stands in y: parts are padded to whole tiles.
   int output_index(int row) const;
 };
@@ -93,6 +107,9 @@ void number_parts(Linear* w);
 // of weights are read no faster for gaps between them (cpp/kernels/README.md).
 float break_even_by_shape(const Linear& w);
 
+// Lets a matrix of few rows be multiplied in stretches of its columns. Before set_shares.
+void set_stretches(Linear* w);
+
 // Sets share for this many threads, in units of `tiles_per_unit` tiles.
 void set_shares(Linear* w, int threads, int tiles_per_unit);
 
@@ -101,6 +118,11 @@ std::vector<int> even_share(int tile_begin, int tile_end, int threads, int tiles
 
 // y[output_index(r)] = W x + bias for the rows of tiles [tile_begin, tile_end).
 void gemv(const Linear& w, const Input& x, int tile_begin, int tile_end, float* y);
+// The products of single stretches of columns, of units [begin, end) of w.stretches * w.tiles(): y [stretches,
+// padded_rows()].
+void gemv_partial(const Linear& w, const Input& x, int begin, int end, float* y);
+// From what gemv_partial left to what gemv gives, [padded_rows()].
+void add_partials(const Linear& w, const float* partial, float* y);
 // The same for n vectors, y [n, ldy]; bit-equal to n gemv.
 void gemm(const Linear& w, const Input& x, int n, int tile_begin, int tile_end, float* y, size_t ldy, void* scratch);
 

@@ -40,9 +40,10 @@ LayerWeights load_layer(const PackedModel& model, const DecoderConfig& c, const 
     set_shares(&l.ffn_in, threads, each);
   }
   l.ffn_down = load_linear(model, at + "ffn_down", c.n_embd, c.n_ff, kTileRows);
-  set_shares(&l.attn_qkv, threads, 1);
-  set_shares(&l.attn_o, threads, 1);
-  set_shares(&l.ffn_down, threads, 1);
+  for (Linear* w : {&l.attn_qkv, &l.attn_o, &l.ffn_down}) {
+    set_stretches(w);
+    set_shares(w, threads, 1);
+  }
   for (int h = 0; h < c.n_heads + 2 * c.n_kv_heads; h++) {
     l.head_at.push_back(l.attn_qkv.output_index(h * c.head_dim));
     // A norm over all heads needs them side by side.

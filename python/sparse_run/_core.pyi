@@ -41,10 +41,19 @@ class MemoryBench:
         """GB/s of wanted bytes when runs of `run` bytes (64 or more) are wanted with probability `density`, 0 < density <= 1;
         the best of several prefetch distances."""
     def columns(
-        self, kind: str, group: int, has_min: bool, rows: int, cols: int, panel_rows: int, density: float
+        self,
+        kind: str,
+        group: int,
+        has_min: bool,
+        rows: int,
+        cols: int,
+        panel_rows: int,
+        density: float,
+        shared_columns: bool = False,
     ) -> dict[str, float]:
         """One product with a matrix of this shape, dense and on a random share of its columns:
-        {"dense_seconds", "sparse_seconds", "dense_bytes", "sparse_bytes"}. UsageError where a quarter is too small for it."""
+        {"dense_seconds", "sparse_seconds", "dense_bytes", "sparse_bytes"}. shared_columns: threads share its columns, as
+        they do those of q|k|v, o and down, where its shape allows it. UsageError where a quarter is too small for it."""
     def rows(
         self, kind: str, group: int, has_min: bool, neurons: int, cols: int, gated: bool, density: float
     ) -> dict[str, float]:

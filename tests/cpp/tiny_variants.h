@@ -82,6 +82,15 @@ inline std::vector<Named> variants() {
     s.head_dim = 8;
     s.norm = "layer";
   });
+  add("wide enough for stretches of columns, parts of different bits", [](TinySpec& s) {
+    s.n_embd = 288;
+    s.n_ff = 576;
+    s.n_heads = 9;
+    s.n_kv_heads = 3;
+    s.head_dim = 32;
+    s.qkv_in_parts = s.biases = true;
+    s.kinds = {{"attn_qkv.1", "q6"}, {"attn_o", "q8"}};
+  });
   add("FATReLU, and a ReLU on up", [](TinySpec& s) {
     s.activation = "relu";
     s.more = "\"activation_threshold\": 0.3, \"up_relu\": true, ";

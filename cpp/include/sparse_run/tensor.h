@@ -18,6 +18,8 @@
 
 namespace sr {
 
+constexpr int kMostStretches = 4;  // of a matrix's columns (PanelMatrix::stretches)
+
 enum class WeightKind : uint8_t { q4, q5, q6, q8, f32, f16, bf16 };
 
 constexpr int kTileRows = 64;   // outputs in a tile
@@ -48,7 +50,27 @@ struct PanelMatrix {
   // the run of a column in the panel of first row r begins run_bytes(r) after runs + ActiveColumns::place. Null
   // elsewhere.
   const uint8_t* runs = nullptr;
+  // Products of quantised weights are made stretch by stretch of the columns, each sum beginning anew, and added in
+  // this order. gemv makes the sums alone, of stretches [stretch_begin, stretch_end), `sums_apart` floats from one to
+  // the next; so threads can share columns and read them in whole runs, with bits that do not depend on who did what.
+  int stretches = 1;
+  int stretch_begin = 0, stretch_end = 1;
+  size_t sums_apart = 0;
+  int stretch_borders[kMostStretches + 1] = {};  // first slab of each, and the end; of one stretch not looked at
 
+  // First slab of stretch k, which may be empty.
+  SR_INLINE int stretch_slab(int k) const { return stretches > 1 ? stretch_borders[k] : k ? slabs() : 0; }
+  SR_INLINE void set_stretches(int n) {
+    stretches = stretch_end = n;
+    for (int k = 0; k <= n; ++k) stretch_borders[k] = slabs() * k / n;
+  }
+  SR_INLINE PanelMatrix some_stretches(int begin, int end, size_t apart) const {
+    PanelMatrix out = *this;
+    out.stretch_begin = begin;
+    out.stretch_end = end;
+    out.sums_apart = apart;
+    return out;
+  }
   SR_INLINE int padded_rows() const { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
   SR_INLINE int padded_cols() const { return (cols + kSlabCols - 1) / kSlabCols * kSlabCols; }
   SR_INLINE int tiles() const { return padded_rows() / kTileRows; }

@@ -1,4 +1,5 @@
-// Matrix products on stored panels, one tile and one slab at a time. gemv is gemm of one vector.
+// Matrix products on stored panels, one tile and one slab at a time.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -82,6 +83,19 @@ void accumulate(const PanelMatrix& m, const TileSlab& t, const int8_t* q, float 
   }
 }
 
+// out[0..63]: one stretch of one tile.
+void one_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, int tile, int k, float* out) {
+  const TilePlace at = place_tile(w, tile);
+  TileSlab t;
+  std::memset(out, 0, kTileRows * sizeof(float));
+  for (int s = w.stretch_slab(k); s < w.stretch_slab(k + 1); ++s) {
+    if (active && active->count[s] == 0) continue;
+    unpack(w, at, s, &t, active);
+    accumulate(w, t, x.q + s * kSlabCols, x.scale[s], x.sum + 2 * s, active ? active->cols + s * kSlabCols : nullptr,
+               active ? active->count[s] : kSlabCols, out);
+  }
+}
+
 float load_float(WeightKind kind, const uint8_t* p, size_t i) {
   if (kind == WeightKind::f32) {
     float f;
@@ -97,37 +111,41 @@ float load_float(WeightKind kind, const uint8_t* p, size_t i) {
 
 void gemm_q(const PanelMatrix& w, const QuantVector& x, int n, int tile_begin, int tile_end, float* y, size_t ldy,
             void*) {
-  const int slabs = w.slabs(), padded = w.padded_cols();
+  constexpr int kTogether = 16;  // vectors for which a tile is unpacked once
   TileSlab t;
   for (int tile = tile_begin; tile < tile_end; ++tile) {
     const TilePlace at = place_tile(w, tile);
-    for (int v = 0; v < n; ++v) std::memset(y + v * ldy + size_t(tile) * kTileRows, 0, kTileRows * sizeof(float));
-    for (int s = 0; s < slabs; ++s) {
-      unpack(w, at, s, &t);
-      for (int v = 0; v < n; ++v)
-        accumulate(w, t, x.q + size_t(v) * padded + s * kSlabCols, x.scale[size_t(v) * slabs + s],
-                   x.sum + 2 * (size_t(v) * slabs + s), nullptr, kSlabCols, y + v * ldy + size_t(tile) * kTileRows);
+    for (int first = 0; first < n; first += kTogether) {
+      const int last = std::min(n, first + kTogether);
+      for (int k = 0; k < w.stretches; ++k) {
+        float sums[kTogether][kTileRows] = {};
+        for (int s = w.stretch_slab(k); s < w.stretch_slab(k + 1); ++s) {
+          unpack(w, at, s, &t);
+          for (int v = first; v < last; ++v) {
+            const size_t slab = size_t(v) * size_t(w.slabs()) + size_t(s);
+            accumulate(w, t, x.q + slab * kSlabCols, x.scale[slab], x.sum + 2 * slab, nullptr, kSlabCols,
+                       sums[v - first]);
+          }
+        }
+        for (int v = first; v < last; ++v) {
+          float* out = y + v * ldy + size_t(tile) * kTileRows;
+          for (int r = 0; r < kTileRows; ++r) out[r] = k ? out[r] + sums[v - first][r] : sums[v - first][r];
+        }
+      }
     }
   }
 }
 
 void gemv_q(const PanelMatrix& w, const QuantVector& x, int tile_begin, int tile_end, float* y) {
-  gemm_q(w, x, 1, tile_begin, tile_end, y, 0, nullptr);
+  for (int k = w.stretch_begin; k < w.stretch_end; ++k, y += w.sums_apart) {
+    for (int t = tile_begin; t < tile_end; ++t) one_stretch(w, x, nullptr, t, k, y + size_t(t) * kTileRows);
+  }
 }
 
 void gemv_q_cols(const PanelMatrix& w, const QuantVector& x, const ActiveColumns& active, int tile_begin, int tile_end,
                  float* y) {
-  TileSlab t;
-  for (int tile = tile_begin; tile < tile_end; ++tile) {
-    const TilePlace at = place_tile(w, tile);
-    float* out = y + size_t(tile) * kTileRows;
-    std::memset(out, 0, kTileRows * sizeof(float));
-    for (int s = 0; s < w.slabs(); ++s) {
-      if (active.count[s] == 0) continue;
-      unpack(w, at, s, &t, &active);
-      accumulate(w, t, x.q + s * kSlabCols, x.scale[s], x.sum + 2 * s, active.cols + s * kSlabCols, active.count[s],
-                 out);
-    }
+  for (int k = w.stretch_begin; k < w.stretch_end; ++k, y += w.sums_apart) {
+    for (int t = tile_begin; t < tile_end; ++t) one_stretch(w, x, &active, t, k, y + size_t(t) * kTileRows);
   }
 }
 

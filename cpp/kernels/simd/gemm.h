@@ -57,7 +57,7 @@ void unpack_tile(const PanelMatrix& w, const TilePlace& at, const TileScratch<V>
   }
 }
 
-// NT vectors x MR rows over all columns.
+// NT vectors x MR rows over all columns, stretch by stretch.
 template <class V, int BITS, bool MIN, int GROUP, int NT>
 void gemm_block(const PanelMatrix& w, const QuantVector& x, int first, const uint8_t* codes, const float* scale,
                 const float* min, float* y, size_t ldy) {
@@ -73,40 +73,47 @@ void gemm_block(const PanelMatrix& w, const QuantVector& x, int first, const uin
     sums[t] = x.sum + 2 * size_t(first + t) * slabs;
   }
   typename V::F out[NT][NV];
-  for (int t = 0; t < NT; ++t)
-    for (int v = 0; v < NV; ++v) out[t][v] = V::zero();
-  for (int s = 0; s < slabs; ++s) {
-    for (int p = 0; p < kParts; ++p) {
-      typename V::template GemmAcc<BITS> acc[NT][NV];
-      int32_t sum[NT];
-      for (int t = 0; t < NT; ++t) {
-        sum[t] = kParts == 1 ? sums[t][2 * s] + sums[t][2 * s + 1] : sums[t][2 * s + p];
-        for (int v = 0; v < NV; ++v) acc[t][v].init(sum[t]);
-      }
-      // Not unrolled: GCC then puts all products before all additions and spills them.
-#pragma GCC unroll 1
-      for (int i = 0; i < kQuads; ++i) {
-        typename V::I u[NV];
-        for (int v = 0; v < NV; ++v) u[v] = V::load_codes(codes + v * L * 4);
-        codes += V::kGemmRows * 4;
+  for (int stretch = 0, s = 0; stretch < w.stretches; ++stretch) {
+    const int end = w.stretch_slab(stretch + 1);
+    for (int t = 0; t < NT; ++t)
+      for (int v = 0; v < NV; ++v) out[t][v] = V::zero();
+    for (; s < end; ++s) {
+      for (int p = 0; p < kParts; ++p) {
+        typename V::template GemmAcc<BITS> acc[NT][NV];
+        int32_t sum[NT];
         for (int t = 0; t < NT; ++t) {
-          const auto xq = V::load4(q[t] + s * kSlabCols + p * GROUP + 4 * i);
-          for (int v = 0; v < NV; ++v) acc[t][v].add(u[v], xq);
+          sum[t] = kParts == 1 ? sums[t][2 * s] + sums[t][2 * s + 1] : sums[t][2 * s + p];
+          for (int v = 0; v < NV; ++v) acc[t][v].init(sum[t]);
         }
-      }
-      const size_t at = size_t(s * kParts + p) * kTileRows;
-      for (int v = 0; v < NV; ++v) {
-        const auto sc = V::load(scale + at + v * L);
-        for (int t = 0; t < NT; ++t) out[t][v] = V::fma(V::mul(acc[t][v].to_float(), sc), V::set1(xs[t][s]), out[t][v]);
-        if (MIN) {
-          const auto mn = V::load(min + at + v * L);
-          for (int t = 0; t < NT; ++t) out[t][v] = V::fma(mn, V::set1(xs[t][s] * float(sum[t])), out[t][v]);
+        // Not unrolled: GCC then puts all products before all additions and spills them.
+#pragma GCC unroll 1
+        for (int i = 0; i < kQuads; ++i) {
+          typename V::I u[NV];
+          for (int v = 0; v < NV; ++v) u[v] = V::load_codes(codes + v * L * 4);
+          codes += V::kGemmRows * 4;
+          for (int t = 0; t < NT; ++t) {
+            const auto xq = V::load4(q[t] + s * kSlabCols + p * GROUP + 4 * i);
+            for (int v = 0; v < NV; ++v) acc[t][v].add(u[v], xq);
+          }
+        }
+        const size_t at = size_t(s * kParts + p) * kTileRows;
+        for (int v = 0; v < NV; ++v) {
+          const auto sc = V::load(scale + at + v * L);
+          for (int t = 0; t < NT; ++t)
+            out[t][v] = V::fma(V::mul(acc[t][v].to_float(), sc), V::set1(xs[t][s]), out[t][v]);
+          if (MIN) {
+            const auto mn = V::load(min + at + v * L);
+            for (int t = 0; t < NT; ++t) out[t][v] = V::fma(mn, V::set1(xs[t][s] * float(sum[t])), out[t][v]);
+          }
         }
       }
     }
+    for (int t = 0; t < NT; ++t)
+      for (int v = 0; v < NV; ++v) {
+        float* to = y + (first + t) * ldy + v * L;
+        V::store(to, stretch ? V::add(V::load(to), out[t][v]) : out[t][v]);
+      }
   }
-  for (int t = 0; t < NT; ++t)
-    for (int v = 0; v < NV; ++v) V::store(y + (first + t) * ldy + v * L, out[t][v]);
 }
 
 template <class V, int BITS, bool MIN, int GROUP>

@@ -83,13 +83,13 @@ inline void add_slab(typename V::template Acc<BITS>& acc, const uint16_t* scale,
   }
 }
 
-// A stretch of tiles inside one panel.
-struct Stretch {
+// Consecutive tiles inside one panel.
+struct TileRange {
   const uint8_t* panel;
   int R, row, tiles;
   const uint8_t* runs;
 };
-SR_INLINE Stretch stretch_at(const PanelMatrix& w, int tile, int tile_end) {
+SR_INLINE TileRange tiles_at(const PanelMatrix& w, int tile, int tile_end) {
   if (tile >= tile_end) return {nullptr, 0, 0, 0, nullptr};
   const TilePlace at = place_tile(w, tile);
   return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows), at.runs};
@@ -110,7 +110,12 @@ class ReadAhead {
   static constexpr int kHeads = kSlabCols / GROUP * (MIN ? 2 : 1);
 
   ReadAhead(const PanelMatrix& w, const ActiveColumns* active, int tile_begin, int tile_end)
-      : w_(w), active_(active), tile_(tile_begin), tile_end_(tile_end) {
+      : w_(w),
+        active_(active),
+        tile_(tile_begin),
+        tile_end_(tile_end),
+        first_slab_(w.stretch_slab(w.stretch_begin)),
+        slab_end_(w.stretch_slab(w.stretch_end)) {
     enter();
     ask(kStartBytes);
   }
@@ -123,8 +128,7 @@ class ReadAhead {
   // Begins slab s of `tiles` tiles; budget() is then what to ask for while it is computed, so that at its end the next
   // slab has been asked for, and kAheadBytes at least.
   void begin(int s, int tiles) {
-    const int slabs = w_.slabs();
-    const int now = wanted(s, tiles), next = wanted(s + 1 < slabs ? s + 1 : 0, tiles);
+    const int now = wanted(s, tiles), next = wanted(s + 1 < slab_end_ ? s + 1 : first_slab_, tiles);
     begun_ += now;
     target_ = begun_ + std::max(next, kAheadBytes);
   }
@@ -171,11 +175,12 @@ class ReadAhead {
     pieces_ = columns(slab_) ? kHeads + columns(slab_) : 0;
   }
   void enter() {
-    at_ = stretch_at(w_, tile_, tile_end_);
-    slab_ = piece_ = pieces_ = 0;
-    if (!at_.panel) return;
-    slab_at_ = at_.panel;
+    at_ = tiles_at(w_, tile_, tile_end_);
+    piece_ = pieces_ = 0;
+    slab_ = first_slab_;
+    if (!at_.panel || slab_ == slab_end_) return;
     slab_bytes_ = w_.slab_bytes(at_.R);
+    slab_at_ = at_.panel + size_t(slab_) * slab_bytes_;
     head_bytes_ = w_.slab_head_bytes(at_.R);
     run_bytes_ = w_.run_bytes(at_.R);
     open_slab();
@@ -183,7 +188,7 @@ class ReadAhead {
   bool next_slab() {
     while (piece_ == pieces_) {
       if (!at_.panel) return false;
-      if (++slab_ < w_.slabs()) {
+      if (++slab_ < slab_end_) {
         slab_at_ += slab_bytes_;
         open_slab();
       } else {
@@ -197,14 +202,15 @@ class ReadAhead {
   const PanelMatrix& w_;
   const ActiveColumns* active_;
   int tile_, tile_end_;
-  Stretch at_;
+  const int first_slab_, slab_end_;
+  TileRange at_;
   const uint8_t* slab_at_ = nullptr;
   size_t slab_bytes_ = 0, head_bytes_ = 0, run_bytes_ = 0;
   int slab_ = 0, piece_ = 0, pieces_ = 0;
   int64_t begun_ = 0, asked_ = 0, target_ = 0;
 };
 
-// The columns of one scale group of a slab, for the tiles of a stretch.
+// The columns of one scale group of a slab, for tiles of one panel.
 struct SlabPart {
   const uint8_t *low, *high;
   const uint32_t *off, *x4;
@@ -248,18 +254,25 @@ SR_NOINLINE int part_tiles(const SlabPart& given, int tiles, int due, int per_ti
   return due;
 }
 
-// One stretch; due: bytes that `ahead` was asked for too little (or, below 0, too much) so far.
+// Tiles of one panel; due: bytes that `ahead` was asked for too little (or, below 0, too much) so far.
 template <class V, int BITS, bool MIN, int GROUP>
-int gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, const Stretch& at, int due,
+int gemv_tiles(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* active, const TileRange& at, int due,
                  ReadAhead<V, BITS, MIN, GROUP>& ahead, float* y) {
   using P = Panel<V, BITS>;
   constexpr int kParts = kSlabCols / GROUP;
-  const int slabs = w.slabs(), tiles = at.tiles, R = at.R;
+  const int tiles = at.tiles, R = at.R;
   const size_t slab_bytes = w.slab_bytes(R), head = w.slab_head_bytes(R), run_bytes = w.run_bytes(R);
-  std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
   SlabPlan plan;
   if (!active) plan_all(GROUP, uint32_t(run_bytes), &plan);
-  for (int s = 0; s < slabs; ++s) {
+  int stretch = w.stretch_begin, end = w.stretch_slab(stretch + 1);
+  std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
+  for (int s = w.stretch_slab(stretch);; ++s) {
+    while (s == end) {
+      if (++stretch == w.stretch_end) return due;
+      y += w.sums_apart;
+      std::memset(y, 0, size_t(tiles) * kTileRows * sizeof(float));
+      end = w.stretch_slab(stretch + 1);
+    }
     const int at_cols = s * kSlabCols;
     const int8_t* q = x.q + at_cols;
     if (active) {
@@ -297,7 +310,6 @@ int gemv_stretch(const PanelMatrix& w, const QuantVector& x, const ActiveColumns
       first += quads;
     }
   }
-  return due;
 }
 
 // Calls fn<BITS, MIN, GROUP> for the layout of w.
@@ -329,8 +341,8 @@ struct GemvLayout {
     ReadAhead<V, BITS, MIN, GROUP> ahead(w, active, tile_begin, tile_end);
     int due = 0;
     for (int tile = tile_begin; tile < tile_end;) {
-      const Stretch at = stretch_at(w, tile, tile_end);
-      due = gemv_stretch<V, BITS, MIN, GROUP>(w, x, active, at, due, ahead, y + size_t(tile) * kTileRows);
+      const TileRange at = tiles_at(w, tile, tile_end);
+      due = gemv_tiles<V, BITS, MIN, GROUP>(w, x, active, at, due, ahead, y + size_t(tile) * kTileRows);
       tile += at.tiles;
     }
   }

@@ -18,6 +18,7 @@ ALIGNMENT = 4096
 PAD_PREFIX = "__pad__."
 LAYOUT_VERSION, NEURONS_VERSION = 1, 2
 MOST_ROWS = 2816  # of a panel
+STRETCHED_ROWS, STRETCHED_COLS = 12288, 256  # at most and at least: column_stretches of the core
 
 LayoutChoice = Literal["auto", "panels", "neurons"]
 """How the matrices that feed the FFN's neurons are stored."""
@@ -33,6 +34,18 @@ def by_neuron(choice: LayoutChoice, config: Mapping[str, Any]) -> bool:
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is not below value."""
     return -(-value // multiple) * multiple
+
+
+def choose_tall_rows(rows: int, cols: int, form: Form) -> int:
+    """Rows of a panel for q|k|v, o and down. Where threads share the columns of these (models/format.md), a column should
+    be one long run: as few panels as `choose_panel_rows` allows, of which the last may be a narrow one so that runs are
+    no power of two apart."""
+    if not form.quantised or rows > STRETCHED_ROWS or cols < STRETCHED_COLS:
+        return choose_panel_rows(rows, form)
+    padded = round_up(rows, TILE_ROWS)
+    if padded > MOST_ROWS:
+        return MOST_ROWS
+    return padded - TILE_ROWS if padded >= 1024 and padded % 512 == 0 else padded
 
 
 def choose_panel_rows(rows: int, form: Form, unit: int = TILE_ROWS) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,18 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from ..errors import Error, UsageError
 from .codes import TILE_ROWS, Codes
-from .layout import FilePlan, LayoutChoice, Linear, Neurons, Plain, TensorSpec, by_neuron, choose_panel_rows, plan_file
+from .layout import (
+    FilePlan,
+    LayoutChoice,
+    Linear,
+    Neurons,
+    Plain,
+    TensorSpec,
+    by_neuron,
+    choose_panel_rows,
+    choose_tall_rows,
+    plan_file,
+)
 from .rows import PaddedRows, RowSource, floats_of
 from .staging import StagedDirectory, write_error
 
@@ -25,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
+_TALL = re.compile(r"\.(attn_qkv|attn_o|ffn_down)(\.\d+)?$")  # whose columns threads share
 WEIGHTS_FILE = "weights.safetensors"
 CONFIG_FILE = "config.json"
 SOURCE_FILE = "source.json"
@@ -120,6 +133,8 @@ def _spec(name: str, data: TensorData, neurons: bool) -> TensorSpec:
     if neurons and name.endswith(("ffn_gate_up", "ffn_up")):
         gated = name.endswith("ffn_gate_up")
         return Neurons(data.rows // (2 if gated else 1), data.cols, data.form, gated)
+    if _TALL.search(name):
+        return Linear(data.rows, data.cols, data.form, choose_tall_rows(data.rows, data.cols, data.form))
     # gate and up tiles alternate and are used in pairs, which a panel must not cut.
     unit = 2 * TILE_ROWS if name.endswith("ffn_gate_up") else TILE_ROWS
     return Linear(data.rows, data.cols, data.form, choose_panel_rows(data.rows, data.form, unit))
