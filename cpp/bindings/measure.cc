@@ -4,7 +4,7 @@
 
 #include "bindings/bindings.h"
 #include "kernels/measure.h"
-#include "kernels/panels.h"
+#include "model/linear.h"
 #include "kernels/pack/pack.h"
 
 namespace sr {
@@ -52,7 +52,7 @@ class MemoryBench {
     shape.cols = in_range("cols", cols, 1, kMaxSide);
     shape.panel_rows = in_range("panel_rows", panel_rows, kTileRows, kMaxSide);
     if (panel_rows % kTileRows) throw Error(ErrorCode::usage, "panel_rows must be a multiple of 64");
-    if (shared) shape.set_stretches(column_stretches(shape.rows, shape.cols));
+    if (shared) shape.set_stretches(stretches_that_pay(shape.rows, shape.cols));
     std::lock_guard<std::mutex> lock(mutex_);
     return time_columns(pool_, bank_, shape, density_in_range(density));
   }

@@ -145,9 +145,14 @@ float break_even_by_shape(const Linear& w) {
   return run < kLongRun ? 0.7f : 0.9f;
 }
 
-void set_stretches(Linear* w) {
+int stretches_that_pay(int rows, int cols) {
+  constexpr int64_t kLeastWeights = 1 << 21;
+  return int64_t(rows) * cols < kLeastWeights ? 1 : column_stretches(rows, cols);
+}
+
+void set_stretches(Linear* w, int n) {
   if (w->floating) return;
-  w->stretches = column_stretches(w->rows, w->cols);
+  w->stretches = n;
   for (PanelMatrix& p : w->parts) p.set_stretches(w->stretches);
 }
 

@@ -107,8 +107,11 @@ void number_parts(Linear* w);
 // of weights are read no faster for gaps between them (cpp/kernels/README.md).
 float break_even_by_shape(const Linear& w);
 
-// Lets a matrix of few rows be multiplied in stretches of its columns. Before set_shares.
-void set_stretches(Linear* w);
+// How many stretches pay for a matrix of this shape: none for small ones, of which dense decoding gained nothing.
+int stretches_that_pay(int rows, int cols);
+
+// Lets a quantised matrix be multiplied in n stretches of its columns. Before set_shares.
+void set_stretches(Linear* w, int n);
 
 // Sets share for this many threads, in units of `tiles_per_unit` tiles.
 void set_shares(Linear* w, int threads, int tiles_per_unit);

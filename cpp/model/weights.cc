@@ -41,7 +41,7 @@ LayerWeights load_layer(const PackedModel& model, const DecoderConfig& c, const 
   }
   l.ffn_down = load_linear(model, at + "ffn_down", c.n_embd, c.n_ff, kTileRows);
   for (Linear* w : {&l.attn_qkv, &l.attn_o, &l.ffn_down}) {
-    set_stretches(w);
+    set_stretches(w, stretches_that_pay(w->rows, w->cols));
     set_shares(w, threads, 1);
   }
   for (int h = 0; h < c.n_heads + 2 * c.n_kv_heads; h++) {

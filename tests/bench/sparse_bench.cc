@@ -10,7 +10,7 @@
 
 #include "base/cpu_info.h"
 #include "kernels/measure.h"
-#include "kernels/panels.h"
+#include "model/linear.h"
 
 using namespace sr;
 
@@ -24,7 +24,7 @@ struct Case {
   int rows, cols, panel_rows;
 };
 const Case kCases[] = {
-    {"q|k|v 135M", 960, 576, 960},   {"gate|up 135M", 3072, 576, 1536}, {"down 135M", 576, 1536, 576},
+    {"q|k|v 135M", 960, 576, 512},   {"gate|up 135M", 3072, 576, 1536}, {"down 135M", 576, 1536, 320},
     {"q|k|v 1B", 3072, 2048, 2816},  {"gate|up 1B", 16384, 2048, 2688}, {"down 1B", 2048, 8192, 1984},
     {"q|k|v 7B", 12288, 4096, 2816}, {"gate|up 7B", 22016, 4096, 2816}, {"down 7B", 4096, 11008, 2816}};
 
@@ -51,7 +51,7 @@ int main(int argc, char** argv) {
     m.cols = c.cols;
     m.panel_rows = c.panel_rows;
     // As in the decoder, threads share the columns of all but gate|up.
-    if (c.name[0] != 'g') m.set_stretches(column_stretches(c.rows, c.cols));
+    if (c.name[0] != 'g') m.set_stretches(stretches_that_pay(c.rows, c.cols));
     const size_t run = m.run_bytes(std::min(m.panel_rows, m.padded_rows())) / 64 * 64;
     for (double d : kDensities) {
       std::vector<double> rate, limit, share, gain;

@@ -68,7 +68,7 @@ Linear linear_in(const std::vector<const RandomMatrix*>& parts, const float* bia
   std::vector<PanelMatrix> views;
   for (const RandomMatrix* p : parts) views.push_back(p->view);
   Linear w = linear_of(std::move(views), bias);
-  set_stretches(&w);
+  set_stretches(&w, column_stretches(w.rows, w.cols));
   set_shares(&w, threads, 1);
   return w;
 }
@@ -80,6 +80,8 @@ TEST_CASE("stretches: their number is the shape's; they hold every slab once") {
   CHECK_EQ(column_stretches(2048, 255), 2);
   CHECK_EQ(column_stretches(2048, 224), 1);
   CHECK_EQ(column_stretches(12289, 4096), 1);
+  CHECK_EQ(stretches_that_pay(2048, 8192), 4);
+  CHECK_EQ(stretches_that_pay(576, 1536), 1);
   PanelMatrix m;
   for (int cols : {32, 96, 576, 11008}) {
     m.cols = cols;

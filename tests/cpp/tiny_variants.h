@@ -83,8 +83,8 @@ inline std::vector<Named> variants() {
     s.norm = "layer";
   });
   add("wide enough for stretches of columns, parts of different bits", [](TinySpec& s) {
-    s.n_embd = 288;
-    s.n_ff = 576;
+    s.n_embd = 320;
+    s.n_ff = 6592;
     s.n_heads = 9;
     s.n_kv_heads = 3;
     s.head_dim = 32;
