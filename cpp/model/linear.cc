@@ -10,7 +10,7 @@
 
 namespace sr {
 
-constexpr size_t kLongRun = 1024;  // bytes
+constexpr size_t kLongRun = 960;  // bytes
 
 void InputBuffer::reset(int n, int width, const char* what, bool rows) {
   width_ = width;
