@@ -96,6 +96,12 @@ std::vector<std::pair<const char*, TinySpec>> variants() {
     s.rope_style = "none";
     s.kinds = {{"ffn_down", "q6"}};
   });
+  add("wide enough for stretches of columns", [](TinySpec& s) {
+    s.n_layers = 2;
+    s.n_embd = 320;
+    s.n_ff = 6592;
+    s.biases = true;
+  });
   return v;
 }
 

@@ -57,6 +57,12 @@ std::vector<std::pair<const char*, TinySpec>> variants() {
     s.kinds = {{"ffn_gate_up", "f16"}, {"ffn_down", "q8"}};
     s.n_embd = 160;
   });
+  add("wide enough for stretches of columns", [](TinySpec& s) {
+    s.n_layers = 3;
+    s.n_embd = 320;
+    s.n_ff = 6592;
+    s.activation = "relu";
+  });
   return v;
 }
 
