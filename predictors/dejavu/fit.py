@@ -36,7 +36,8 @@ TRAIN_COST = 0.05  # of one row and epoch of a layer, in prompt tokens through t
 @dataclass(frozen=True)
 class Options:
     """How to train. tokens: traced in all, half of them text where there is one, a tenth of them held out. rank: of the
-    predictors, 0 is n_embd / 8. recall: the mean over the layers that thresholds are chosen for. heads: predict heads too."""
+    predictors, 0 is n_embd / 8. bits: of their weights, 4 or 8. recall: the mean over the layers that thresholds are chosen
+    for. heads: predict heads too."""
 
     tokens: int = 16384
     ctx: int = 512
@@ -46,12 +47,15 @@ class Options:
     recall: float = 0.95
     heads: bool = False
     dense_tokens: int = 16
+    bits: int = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.recall < 1:
             raise UsageError(f"a recall of {self.recall:g} is outside 0..1; 0.95 finds 95% of the needed neurons")
         if self.ctx < 64 or self.tokens < 4 * self.ctx:
             raise UsageError("chunks must have at least 64 tokens, and there must be at least four of them")
+        if self.bits not in (4, 8):
+            raise UsageError(f"a predictor's weights have 4 or 8 bits, not {self.bits}")
         if self.rank < 0 or self.epochs < 1:
             raise UsageError("rank must be 0 or more and epochs at least 1")
         if not 0 <= self.dense_tokens < self.ctx // 2:
@@ -157,7 +161,7 @@ class Fit:
         for what, parts in (("neurons", neurons), ("heads", heads)):
             if parts:
                 quality[what] = self._choose(parts, what, arrays)
-        predictor_bytes = sum(a.nbytes for a in arrays.values())
+        predictor_bytes = sum(part.predictor.nbytes for part in (*neurons, *heads))
         quality["predictor_bytes"] = predictor_bytes
         quality["predictor_share"] = predictor_bytes / max(
             1, sum(self.header.site_bytes(s, i) for s in ("M", "Z") for i in range(self.header.n_layers))
@@ -222,7 +226,7 @@ class Fit:
             seed=self.options.seed + trace.layer,
             threads=self.model.threads,
         )
-        made = low_rank.make(a, b, bias)
+        made = low_rank.make(a, b, bias, self.options.bits)
         # Measured on the quantised weights, on rows that training did not see.
         held = trace.held
         return _Part(

@@ -1,7 +1,8 @@
-"""A low-rank predictor of which neurons (or heads) a token needs: 8-bit weights, what they predict, and how well.
+"""A low-rank predictor of which neurons (or heads) a token needs: its weights, what they predict, and how well.
 
 logits = B (A h), h the normalised residual stream; index i is predicted where logits[i] > threshold[i]. A [rank, n_embd]
-and B [n, rank] are int8 with one float32 scale a row; the threshold carries the bias that training found.
+and B [n, rank] are int8 with one float32 scale a row; the threshold carries the bias that training found. A matrix whose
+codes are all in -8 .. 7 is held and read in 4 bits a weight.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ class Predictor:
         out: NDArray[np.bool_] = self.logits(h) > self.threshold
         return out
 
+    @property
+    def nbytes(self) -> int:
+        """As they are held: codes of up to 4 bits in half a byte."""
+        import numpy as np
+
+        codes = sum(m.nbytes // (1 if m.size and (m.min() < -8 or m.max() > 7) else 2) for m in (self.a, self.b))
+        return codes + int(np.sum([s.nbytes for s in (self.a_scale, self.b_scale, self.threshold)]))
+
     def arrays(self, prefix: str) -> dict[str, NDArray[Any]]:
         """The arrays as a sparsity file names them."""
         return {
@@ -52,21 +61,22 @@ class Predictor:
         }
 
 
-def quantise(weights: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Rows as int8 codes and one scale each; a row of zeros has scale 0."""
+def quantise(weights: NDArray[np.float32], bits: int = 8) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Rows as symmetric codes of so many bits and one scale each; a row of zeros has scale 0."""
     import numpy as np
 
-    scale = (np.abs(weights).max(1) / 127).astype(np.float32)
+    most = 2 ** (bits - 1) - 1
+    scale = (np.abs(weights).max(1) / most).astype(np.float32)
     codes = np.rint(weights / np.where(scale > 0, scale, 1)[:, None])
-    return np.clip(codes, -127, 127).astype(np.int8), scale
+    return np.clip(codes, -most, most).astype(np.int8), scale
 
 
-def make(a: NDArray[np.float32], b: NDArray[np.float32], bias: NDArray[np.float32]) -> Predictor:
-    """From trained floats; the threshold is -bias, where the trained probability is one half."""
+def make(a: NDArray[np.float32], b: NDArray[np.float32], bias: NDArray[np.float32], bits: int = 8) -> Predictor:
+    """From trained floats; the threshold is -bias, where the trained probability is one half. bits: of a weight."""
     import numpy as np
 
-    codes_a, scale_a = quantise(a)
-    codes_b, scale_b = quantise(b)
+    codes_a, scale_a = quantise(a, bits)
+    codes_b, scale_b = quantise(b, bits)
     return Predictor(codes_a, scale_a, codes_b, scale_b, np.ascontiguousarray(-bias, np.float32))
 
 

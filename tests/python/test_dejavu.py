@@ -159,7 +159,7 @@ def test_command_line_on_a_model_without_true_zeros(
     stories_gguf: Path, run_cli: RunCli, tmp_path: Path, torch: Any
 ) -> None:
     env = {"XDG_CACHE_HOME": str(tmp_path)}
-    small = ("--tokens", 512, "--ctx", 128, "--epochs", 3, "--rank", 16, "-t", 2)
+    small = ("--tokens", 512, "--ctx", 128, "--epochs", 3, "--rank", 16, "--bits", 4, "-t", 2)
     done = run_cli("train-predictor", "-m", stories_gguf, *small, "--json", env=env, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -250,11 +250,16 @@ def test_quantised_weights_keep_the_logits() -> None:
     assert error < 0.02 and p.a_scale[3] == 0
     assert np.array_equal(p.threshold, -bias)
     assert (p.predict(h) == (exact + bias > 0)).mean() > 0.98
+    assert p.nbytes == 16 * 48 + 80 * 16 + 4 * (16 + 80 + 80)
+    small = low_rank.make(a, b, bias, 4)
+    assert max(np.abs(small.a).max(), np.abs(small.b).max()) == 7, "what the core holds in 4 bits a weight"
+    assert small.nbytes == (16 * 48 + 80 * 16) // 2 + 4 * (16 + 80 + 80)
+    assert 0.02 < np.linalg.norm(small.logits(h) - exact) / np.linalg.norm(exact) < 0.3
 
 
 def test_ranks_and_options() -> None:
     assert [rank_for(n, 0) for n in (48, 96, 576, 2048, 4096)] == [32, 32, 64, 256, 512]
     assert rank_for(64, 100) == 64 and rank_for(576, 100) == 100
-    for wrong in ({"recall": 0.0}, {"recall": 1.0}, {"ctx": 32}, {"tokens": 1000}, {"rank": -1}, {"dense_tokens": 300}):
+    for wrong in ({"recall": 0.0}, {"recall": 1.0}, {"ctx": 32}, {"tokens": 1000}, {"rank": -1}, {"bits": 5}, {"dense_tokens": 300}):
         with pytest.raises(UsageError):
             Options(**wrong)

@@ -23,6 +23,7 @@ from .common import (
 @click.option("--tokens", type=click.IntRange(min=256), default=16384, show_default=True, help="Tokens traced.")
 @click.option("--ctx", type=click.IntRange(min=64), default=512, show_default=True, help="Tokens of a chunk.")
 @click.option("--rank", type=click.IntRange(min=0), default=0, help="Rank of the predictors.  [default: width / 8]")
+@click.option("--bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of a predictor's weight.")
 @click.option(
     "--recall",
     type=float,
@@ -46,6 +47,7 @@ def command(
     tokens: int,
     ctx: int,
     rank: int,
+    bits: str,
     recall: float,
     heads: bool,
     epochs: int,
@@ -78,6 +80,7 @@ def command(
         ctx=ctx,
         seed=seed,
         rank=rank,
+        bits=int(bits),
         epochs=epochs,
         recall=recall,
         heads=heads,
