@@ -52,9 +52,8 @@ def bind(file: SparsityFile, model: _core.Model) -> Skipping:
     from .bench.breakeven import known_break_evens
 
     config: dict[str, Any] = json.loads(model.config_json)
-    for site, value in (known_break_evens(file.fingerprint, model.isa, model.threads) or {}).items():
-        if site in ROW_SITES:
-            model.set_break_even(site, value)
+    for site, value in (known_break_evens(file.fingerprint, model.isa, model.threads, ROW_SITES) or {}).items():
+        model.set_break_even(site, value)
     n_ff, n_layers = int(config["n_ff"]), int(config["n_layers"])
     plan = file.plan(model) if any(t is not None for layers in file.thresholds.values() for t in layers) else None
     if file.method == "dejavu":

@@ -101,8 +101,7 @@ class SparsityFile:
         from .bench.breakeven import known_break_evens
 
         known = known_break_evens(self.fingerprint, model.isa, model.threads)
-        of_sites = None if known is None else {site: value for site, value in known.items() if site != "N"}
-        return _core.Sparsity(model, self.thresholds, dense_tokens=self.dense_tokens, break_even=of_sites)
+        return _core.Sparsity(model, self.thresholds, dense_tokens=self.dense_tokens, break_even=known)
 
     @property
     def skips_nothing(self) -> bool:
@@ -188,7 +187,6 @@ def load(path: str | Path, header: PackedHeader) -> SparsityFile:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    again = _AGAIN
     if not path.is_file():
         raise ModelError(f"{path}: no such sparsity file; make one with `sparse-run calibrate`")
     try:
@@ -198,9 +196,9 @@ def load(path: str | Path, header: PackedHeader) -> SparsityFile:
             later = [name for name in there if name.startswith(_LATER)]
             tensors = {name: opened.get_tensor(name) for name in there if not name.startswith(_LATER)}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: damaged or cut off ({error}); {again}") from None
+        raise ModelError(f"{path}: damaged or cut off ({error}); {_AGAIN}") from None
     if meta.get("format") != FORMAT:
-        raise ModelError(f"{path}: not a sparsity file; {again}")
+        raise ModelError(f"{path}: not a sparsity file; {_AGAIN}")
     if meta.get("version") != str(VERSION):
         raise ModelError(
             f"{path}: version {meta.get('version')} of the sparsity file is not known here (this tool reads {VERSION}); "
@@ -226,11 +224,11 @@ def load(path: str | Path, header: PackedHeader) -> SparsityFile:
             path=path,
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: its metadata is damaged ({type(error).__name__}: {error}); {again}") from None
+        raise ModelError(f"{path}: its metadata is damaged ({type(error).__name__}: {error}); {_AGAIN}") from None
     _check_model(file, header)
     own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}
     if own and later:
-        raise ModelError(f"{path}: holds predictors and clusters; {again}")
+        raise ModelError(f"{path}: holds predictors and clusters; {_AGAIN}")
     file.arrays = Stored(path, later) if later else own
     file.thresholds = _thresholds(path, tensors, header)
     return file

@@ -13,8 +13,10 @@ import pytest
 from sparse_run import _core
 from sparse_run.bench import breakeven
 from sparse_run.errors import UsageError
-from sparse_run.packed_header import read_header
+from sparse_run.packed_header import ROW_SITES, SITES, read_header
+from sparse_run.predictors.teal.fit import Fit, Options
 from sparse_run.sparsity import SparsityFile
+from sparse_run.tokenizer import Tokenizer
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -89,10 +91,15 @@ class TestBreakEven:
         # A tenth of the neurons is read faster than all gates first and then all up rows.
         assert rows["N"]["gain"][-1] > rows["G"]["gain"][0]
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        known = breakeven.known_break_evens(r["fingerprint"], r["isa"], 2)
-        assert known is not None and {site: known[site] for site in rows} == {
-            site: s["break_even"] for site, s in rows.items()
-        }
+        known = breakeven.known_break_evens(r["fingerprint"], r["isa"], 2, ROW_SITES)
+        assert known == {site: s["break_even"] for site, s in rows.items()}
+        columns = breakeven.known_break_evens(r["fingerprint"], r["isa"], 2)
+        assert columns is not None and columns.keys() == {"A", "O", "Z"}
+        # They reach a calibration, which knows nothing of rows.
+        model, tokenizer = _core.Model(str(smollm2_neurons), 2), Tokenizer.load(smollm2_neurons)
+        floors = dict(zip(SITES, Fit(model, tokenizer, read_header(smollm2_neurons), Options()).floors(), strict=True))
+        for site, value in columns.items():
+            assert floors[site] == pytest.approx(min(max(1 - value, 0.05), 0.5), abs=1e-6)
 
     def test_table_says_what_a_break_even_does(self, smollm2_packed: Path, tmp_path: Path, run_cli: RunCli) -> None:
         env = {"XDG_CACHE_HOME": str(tmp_path)}

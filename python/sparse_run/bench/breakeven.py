@@ -172,10 +172,12 @@ def cache_path(cpu: str | None = None) -> Path:
     return registry.packed_dir().parent / f"breakeven-{name}.json"
 
 
-def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, float] | None:
-    """The density above which the products of a site run dense, or all neurons are read, by site, as it was measured on this
-    processor for a model, instruction set and number of threads by this version; None where nothing was. Of a site's shapes the smallest counts.
-    Never raises: a damaged cache counts as none."""
+def known_break_evens(
+    fingerprint: str, isa: str, threads: int, sites: tuple[str, ...] = SITES
+) -> dict[str, float] | None:
+    """The density above which the products of a site run dense, or (`sites` being ROW_SITES) all neurons are read, by site, as
+    it was measured on this processor for a model, instruction set and number of threads by this version; None where nothing
+    was. Of a site's shapes the smallest counts. Never raises: a damaged cache counts as none."""
     entry = _entry(fingerprint, isa, threads)
     out: dict[str, float] = {}
     try:
@@ -184,7 +186,7 @@ def known_break_evens(fingerprint: str, isa: str, threads: int) -> dict[str, flo
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 return None
             for site in s["sites"]:
-                if site in (*SITES, *ROW_SITES):
+                if site in sites:
                     out[site] = min(float(value), out.get(site, 1.0))
     except (KeyError, TypeError, ValueError):
         return None
