@@ -4,8 +4,8 @@
 
 #include "bindings/bindings.h"
 #include "kernels/measure.h"
-#include "model/linear.h"
 #include "kernels/pack/pack.h"
+#include "model/linear.h"
 
 namespace sr {
 namespace {
@@ -25,6 +25,18 @@ double density_in_range(double density) {
   return density;
 }
 
+// Kind, group and minima of a shape; `wrong` is said of a kind that is not quantised.
+template <class Shape>
+void set_form(Shape* shape, const std::string& kind, py::ssize_t group, bool has_min, const std::string& wrong) {
+  shape->kind = weight_kind_from_name(kind);
+  if (!is_quantised(shape->kind)) throw Error(ErrorCode::usage, wrong);
+  if (group != 32 && group != 16) {
+    throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
+  }
+  shape->group = int(group);
+  shape->has_min = has_min;
+}
+
 // One measurement at a time: the pool runs one job, and two would measure each other.
 class MemoryBench {
  public:
@@ -42,12 +54,7 @@ class MemoryBench {
                       py::ssize_t panel_rows, double density, bool shared) {
     constexpr py::ssize_t kMaxSide = py::ssize_t(1) << 24;
     PanelMatrix shape;
-    shape.kind = weight_kind_from_name(kind);
-    if (!is_quantised(shape.kind)) throw Error(ErrorCode::usage, "columns of kind " + kind + " are not skipped");
-    if (group != 32 && group != 16)
-      throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
-    shape.group = int(group);
-    shape.has_min = has_min;
+    set_form(&shape, kind, group, has_min, "columns of kind " + kind + " are not skipped");
     shape.rows = in_range("rows", rows, 1, kMaxSide);
     shape.cols = in_range("cols", cols, 1, kMaxSide);
     shape.panel_rows = in_range("panel_rows", panel_rows, kTileRows, kMaxSide);
@@ -61,12 +68,7 @@ class MemoryBench {
                 bool gated, double density) {
     constexpr py::ssize_t kMaxSide = py::ssize_t(1) << 24;
     NeuronMatrix shape;
-    shape.kind = weight_kind_from_name(kind);
-    if (!is_quantised(shape.kind)) throw Error(ErrorCode::usage, "rows of kind " + kind + " are not measured");
-    if (group != 32 && group != 16)
-      throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
-    shape.group = int(group);
-    shape.has_min = has_min;
+    set_form(&shape, kind, group, has_min, "rows of kind " + kind + " are not measured");
     shape.neurons = in_range("neurons", neurons, 1, kMaxSide);
     shape.cols = in_range("cols", cols, 1, kMaxSide);
     shape.gated = gated;

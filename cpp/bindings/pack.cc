@@ -5,6 +5,7 @@
 #include "kernels/pack/pack.h"
 #include "kernels/pack/quantise.h"
 #include "kernels/pack/rows.h"
+#include "model/linear.h"
 
 namespace sr {
 namespace {
@@ -230,6 +231,8 @@ py::tuple quantise_rows_py(const py::array& values_in, const std::string& kind, 
 }  // namespace
 
 void bind_pack(py::module_& m) {
+  m.def("column_stretches", &stretches_that_pay, py::arg("rows"), py::arg("cols"),
+        "Stretches of columns that threads share; see _core.pyi.");
   m.def("panel_bytes", &panel_bytes_py, py::arg("kind"), py::arg("rows"), py::arg("cols"), py::arg("group"),
         py::arg("has_min"), "Bytes of one panel of `rows` rows (models/format.md).");
   m.def("pack_panel", &pack_panel_py, py::arg("kind"), py::arg("codes"), py::arg("scales"), py::arg("mins").none(true),

@@ -48,6 +48,14 @@ int border(const PanelMatrix& m, int tid, int threads) {
   return panel <= tiles && std::abs(panel - even) <= std::max(1, tiles / threads / 8) ? panel : even;
 }
 
+// How many matrices of so many bytes a part of the bank holds.
+int copies_in(const WeightBank& bank, size_t one) {
+  if (one > bank.part_bytes()) {
+    throw Error(ErrorCode::usage, "the matrix does not fit into a quarter of the memory measured");
+  }
+  return int(bank.part_bytes() / one);
+}
+
 }  // namespace
 
 WeightBank::WeightBank(size_t bytes)
@@ -90,9 +98,7 @@ double gather_gb_per_s(ThreadPool& pool, WeightBank& bank, size_t run, double de
 
 ColumnTimes time_columns(ThreadPool& pool, WeightBank& bank, const PanelMatrix& shape, double density) {
   const size_t one = (shape.total_bytes() + 4095) / 4096 * 4096;
-  if (one > bank.part_bytes())
-    throw Error(ErrorCode::usage, "the matrix does not fit into a quarter of the memory measured");
-  const int copies = int(bank.part_bytes() / one), slabs = shape.slabs(), threads = pool.size();
+  const int copies = copies_in(bank, one), slabs = shape.slabs(), threads = pool.size();
   std::mt19937 rng(3);
   std::vector<int8_t> q(size_t(shape.padded_cols())), masked(q.size());
   std::vector<uint8_t> cols(q.size()), count(size_t(slabs), 0);
@@ -159,9 +165,7 @@ ColumnTimes time_columns(ThreadPool& pool, WeightBank& bank, const PanelMatrix& 
 
 RowTimes time_rows(ThreadPool& pool, WeightBank& bank, const NeuronMatrix& shape, double density) {
   const size_t one = (shape.total_bytes() + 4095) / 4096 * 4096;
-  if (one > bank.part_bytes())
-    throw Error(ErrorCode::usage, "the matrix does not fit into a quarter of the memory measured");
-  const int copies = int(bank.part_bytes() / one), slabs = shape.slabs(), threads = pool.size(), n = shape.neurons;
+  const int copies = copies_in(bank, one), slabs = shape.slabs(), threads = pool.size(), n = shape.neurons;
   std::mt19937 rng(3);
   std::vector<int8_t> q(size_t(slabs) * kSlabCols), ordered_q(size_t(shape.stripes()) * kStripeCols);
   std::vector<float> scale(size_t(slabs), 0.01f), ordered_scale(size_t(shape.stripes()) * kRowLanes);

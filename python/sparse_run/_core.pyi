@@ -63,6 +63,10 @@ class MemoryBench:
 def set_log_sink(sink: Callable[[int, str], object] | None, level: int = 20) -> None:
     """Calls sink(level, text) for messages of the core from `level` on (the numbers of logging); None = silent."""
 
+def column_stretches(rows: int, cols: int) -> int:
+    """Into how many stretches of columns the products with q|k|v, o or down of this shape are cut, for threads to share them;
+    1: threads share rows (models/format.md)."""
+
 def panel_bytes(kind: str, rows: int, cols: int, group: int, has_min: bool) -> int:
     """Bytes of one panel of `rows` rows (models/format.md). `kind`: q4 q5 q6 q8 f32 f16 bf16."""
 
@@ -246,8 +250,9 @@ class Predictor:
         """arrays: `predictor.<layer>.neurons.KEY` (n = n_ff) and `predictor.<layer>.heads.KEY` (n = n_heads, not for
         layer 0), KEY being a (int8 [rank, n_embd]), a_scale (float32 [rank]), b (int8 [n, rank]), b_scale and threshold
         (float32 [n]): a sparsity file's own arrays; other names are passed over, layers without arrays are computed
-        whole. Asked for layer by layer, and copied. Positions before `dense_tokens` are, too. Raises UsageError where arrays do not fit or are not finite,
-        and for neurons where the FFN is stored in panels, with the way to convert it."""
+        whole. Positions before `dense_tokens` are, too. Arrays are asked for layer by layer, and copied. Raises UsageError
+        where they do not fit or are not finite, and for neurons where the FFN is stored in panels, with the way to convert
+        it."""
     @property
     def dense_tokens(self) -> int: ...
     @property

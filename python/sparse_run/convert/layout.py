@@ -18,7 +18,6 @@ ALIGNMENT = 4096
 PAD_PREFIX = "__pad__."
 LAYOUT_VERSION, NEURONS_VERSION = 1, 2
 MOST_ROWS = 2816  # of a panel
-STRETCHED_ROWS, STRETCHED_WEIGHTS = 12288, 1 << 21  # at most and at least: stretches_that_pay of the core
 
 LayoutChoice = Literal["auto", "panels", "neurons"]
 """How the matrices that feed the FFN's neurons are stored."""
@@ -40,7 +39,9 @@ def choose_tall_rows(rows: int, cols: int, form: Form) -> int:
     """Rows of a panel for q|k|v, o and down. Where threads share the columns of these (models/format.md), a column should
     be one long run: as few panels as `choose_panel_rows` allows, of which the last may be a narrow one so that runs are
     no power of two apart."""
-    if not form.quantised or rows > STRETCHED_ROWS or rows * cols < STRETCHED_WEIGHTS:
+    from .. import _core
+
+    if not form.quantised or _core.column_stretches(rows, cols) == 1:
         return choose_panel_rows(rows, form)
     padded = round_up(rows, TILE_ROWS)
     if padded > MOST_ROWS:
