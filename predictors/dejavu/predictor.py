@@ -45,10 +45,8 @@ class Predictor:
     @property
     def nbytes(self) -> int:
         """As they are held: codes of up to 4 bits in half a byte."""
-        import numpy as np
-
-        codes = sum(m.nbytes // (1 if m.size and (m.min() < -8 or m.max() > 7) else 2) for m in (self.a, self.b))
-        return codes + int(np.sum([s.nbytes for s in (self.a_scale, self.b_scale, self.threshold)]))
+        codes = sum(m.nbytes // 2 if -8 <= m.min() and m.max() <= 7 else m.nbytes for m in (self.a, self.b))
+        return codes + self.a_scale.nbytes + self.b_scale.nbytes + self.threshold.nbytes
 
     def arrays(self, prefix: str) -> dict[str, NDArray[Any]]:
         """The arrays as a sparsity file names them."""

@@ -71,19 +71,14 @@ def prepare(gguf: Path, work: Path, zeros: float, threads: int) -> dict[str, Pat
     return out
 
 
-def quantise(weights: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Rows as codes of so many bits and one scale each."""
-    most = 2 ** (bits - 1) - 1
-    scale = np.abs(weights).max(axis=1) / most
-    return np.rint(weights / scale[:, None]).astype(np.int8), scale.astype(np.float32)
-
-
 def low_rank_predictor(
     gguf: Path, packed: Path, rank: int, bits: int, share: float, ids: NDArray[np.int32], threads: int
 ) -> dict[str, NDArray[Any]]:
     """The gates' nearest matrices of this rank, and the quantile of their scores that names this share."""
     import gguf as gguf_package
     from sparse_run import _core
+    from sparse_run.predictors.dejavu import predictor as low_rank
+    from sparse_run.predictors.dejavu.traces import normalised
 
     tensors = {t.name: t for t in gguf_package.GGUFReader(gguf).tensors}
     model = _core.Model(str(packed), threads)
@@ -97,13 +92,9 @@ def low_rank_predictor(
         basis = rng.standard_normal((gates.shape[1], rank), dtype=np.float32)
         for _ in range(2):
             basis = np.linalg.qr(gates.T @ (gates @ basis))[0]
-        a, a_scale = quantise(basis.T, bits)
-        b, b_scale = quantise(gates @ basis, bits)
-        h = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True))
-        scores = (h @ (a.T * a_scale)) @ (b.T * b_scale[None, :])
-        threshold = np.full(len(gates), np.quantile(scores, 1 - share), np.float32)
-        made = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "threshold": threshold}
-        arrays |= {f"predictor.{layer}.neurons.{key}": value for key, value in made.items()}
+        made = low_rank.make(basis.T, gates @ basis, np.zeros(len(gates), np.float32), bits)
+        made.threshold[:] = np.quantile(made.logits(normalised(x)), 1 - share)
+        arrays |= made.arrays(f"predictor.{layer}.neurons")
         x, _ = session.run_layer(layer, 0, x)
     model.close()
     return arrays

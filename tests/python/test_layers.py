@@ -127,7 +127,7 @@ def test_no_file_is_longer_than_the_limit() -> None:
 
 
 def test_lines_fit_a_screen() -> None:
-    """Python's are ruff's to measure."""
+    """Those of C++, CUDA and shell."""
     files = sources(*CODE - {".py", ".pyi"})
     assert len(files) > 100
     long = [
