@@ -96,7 +96,7 @@ struct NeuronPool::Shared {
   }
   void vacate(int32_t s) {
     Slot& slot = slots[size_t(s)];
-    slot_of[size_t(slot.owner)] = -1;
+    if (slot_of[size_t(slot.owner)] == s) slot_of[size_t(slot.owner)] = -1;
     slot = Slot{slot.owner, slot.before, slot.after, SlotState::vacant, 0, -1};
     unlink(s);
     slot.owner = -1;
@@ -282,7 +282,10 @@ void NeuronPool::limit(int n) {
   if (n < before) {
     s.vacant.erase(std::remove_if(s.vacant.begin(), s.vacant.end(), [n](int32_t v) { return v >= n; }), s.vacant.end());
     for (int i = n; i < before; i++) {
-      if (s.slots[size_t(i)].state == SlotState::loaded) s.vacate(i);
+      const Slot& slot = s.slots[size_t(i)];
+      if (slot.state == SlotState::loaded) s.vacate(i);
+      // A read that a token has left behind: whoever needs the neuron asks for it anew.
+      else if (slot.state == SlotState::loading) s.slot_of[size_t(slot.owner)] = -1;
     }
   }
   for (int i = n; i-- > before;) {

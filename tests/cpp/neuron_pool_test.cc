@@ -63,7 +63,7 @@ std::vector<int32_t> some_of(int neurons, double share, std::mt19937* rng) {
   return ids;
 }
 
-const std::function<bool()> kNever = [] { return false; };
+const std::function<bool()> kNever = [] { return false; }, kNow = [] { return true; };
 
 // Tokens of random lists, the next layer's asked for while `users` threads look at this one's; returns what was wrong.
 int wrong_slots(Rig& rig, int tokens, double share, int users, std::mt19937* rng) {
@@ -290,4 +290,30 @@ TEST_CASE("waiting for a stalled disk can be stopped, tokens after it are whole,
   rig.pool.reset();
   rig.source->go_on();  // the readers end now, and nothing they use is gone
   std::this_thread::sleep_for(std::chrono::milliseconds(30));
+}
+
+TEST_CASE("neurons that a token left behind in slots which are then taken away are read anew") {
+  std::mt19937 rng(4);
+  Rig rig(8, 96, 4096, 4000, 150, 3);
+  const int all = rig.pool->slots(), least = NeuronPool::least_slots(rig.shape);
+  int left_behind = 0;
+  for (int round = 0; round < 12; round++) {
+    rig.pool->limit(all);
+    CHECK_EQ(wrong_slots(rig, 2, 0.5, 2, &rng), 0);  // the next ones go anywhere
+    rig.source->stall();
+    rig.pool->begin_token();
+    const auto ids = some_of(96, 1, &rng);
+    rig.pool->request(0, ids.data(), int(ids.size()), ReadPriority::miss);
+    CHECK(!rig.pool->await(0, &kNow));
+    rig.pool->end_token();
+    for (int id : ids) left_behind += rig.pool->slot(0, id) >= least && rig.pool->missing(0, id);
+    rig.pool->limit(least);
+    rig.pool->begin_token();
+    rig.pool->request(0, ids.data(), int(ids.size()), ReadPriority::miss);
+    rig.source->go_on();
+    CHECK(rig.pool->await(0, &kNever));
+    for (int id : ids) CHECK(rig.pool->slot(0, id) >= 0 && rig.right(0, id));
+    CHECK_EQ(rig.pool->end_token(), std::string());
+  }
+  CHECK(left_behind > 0);
 }
