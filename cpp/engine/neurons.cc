@@ -50,7 +50,7 @@ int Model::Impl::plan_neurons(const ModelOptions& options, size_t room, size_t b
   const int64_t wanted = std::min(all, int64_t(std::ceil(share * double(store->all_neurons()))) + least);
   // While a token is decoded, what a prompt's block and contexts would take.
   const size_t idle = kDiscardsPages ? (block + contexts) / store->slot_bytes() : 0;
-  const int64_t lent = std::min(int64_t(idle), wanted), tables = int64_t(NeuronStore::kIdleSlotBytes) * lent;
+  const int64_t lent = std::min(int64_t(idle), wanted), tables = int64_t(store->idle_slot_bytes()) * lent;
   const size_t taken = rest + size_t(tables), most = room > taken ? room - taken : 0;
   // The most of low .. high that fit.
   const auto most_of = [](int64_t low, int64_t high, const auto& fits) {
@@ -68,7 +68,9 @@ int Model::Impl::plan_neurons(const ModelOptions& options, size_t room, size_t b
   int64_t slots = slots_beside(gates ? wanted - lent : wanted, 0);
   // What only a prompt's block takes is there for every token.
   const size_t spare = std::min(block, NeuronStore::kLendSpare);
-  const int64_t sure = slots + std::min(lent, int64_t((block - spare) / store->slot_bytes()));
+  const int64_t in_block = int64_t((block - spare) / store->slot_bytes()) / kNeuronBlock * kNeuronBlock;
+  const bool fit = store->bytes(slots) + (gates ? gates->bytes(0) : 0) <= most;  // not even none may fit
+  const int64_t sure = fit ? slots + std::min(lent / kNeuronBlock * kNeuronBlock, in_block) : 0;
   if (sure < least) {
     m.no_neurons = "the budget leaves room for " + std::to_string(sure) + " of them beside attention and head, " +
                    std::to_string(least) + " are the fewest";

@@ -126,7 +126,7 @@ void NeuronStore::lend(size_t bytes) {
   const size_t free = bytes > kLendSpare ? bytes - kLendSpare : 0;
   const int before = pool_->limit(), most = pool_->slots() - base_;
   const int now = base_ + int(std::min(size_t(most), free / slot_bytes()) / kNeuronBlock * kNeuronBlock);
-  if (now == before || (now > before && now - before < kFewSlots)) return;
+  if (now == before || (now > before && now - before < kFewSlots && enough())) return;
   pool_->limit(now);
   if (now > before) return;
   const int block = (now + kNeuronBlock - 1) / kNeuronBlock * kNeuronBlock;

@@ -47,7 +47,7 @@ class NeuronStore {
   bool enough() const { return pool_->limit() >= least_slots(); }
   size_t slot_bytes() const { return (has_rows_ ? form_.record_bytes() : 0) + column_bytes_; }
   // What a slot takes that is not lent anything.
-  static constexpr size_t kIdleSlotBytes = 40;
+  size_t idle_slot_bytes() const { return NeuronPool::table_bytes(shape_, 1) - NeuronPool::table_bytes(shape_, 0); }
 
   // A token begins, and is over, whole or not. The end returns why it failed, or the empty text.
   void begin_token();
