@@ -250,6 +250,7 @@ class Decoder {
   void count_kept(const Pass& pass, int layer, Site site, int kept) const;
   // Share of columns or neurons above which leaving out the others does not pay.
   float break_even(const Pass& pass, int layer, Site site) const;
+  float break_even(int layer, Site site) const;  // where the pass's thresholds bring none
   // Of `offered` neurons `kept` are computed; rows: rows of each of the others that are not read.
   void count_neurons(const Pass& pass, Site site, const NeuronRows& w, int kept, int offered, int rows) const;
   // What decoding would read of a layer's neurons for row `row` of a block whose gates are known.

@@ -75,6 +75,10 @@ const NeuronSet* Decoder::chosen(const Pass& pass, int layer, bool decode) const
 float Decoder::break_even(const Pass& pass, int layer, Site site) const {
   const SparsityPlan* plan = pass.skipping.plan;
   if (site != Site::N && plan && plan->break_even(site) != SparsityPlan::kByShape) return plan->break_even(site);
+  return break_even(layer, site);
+}
+
+float Decoder::break_even(int layer, Site site) const {
   if (site != Site::G && site != Site::N) return break_even_[size_t(layer) * 4 + size_t(site)];
   const float measured = rows_break_even_[site == Site::G];
   return measured >= 0 ? measured : break_even_by_row(ffn_weights(layer).ffn_rows, site == Site::G);
@@ -82,13 +86,7 @@ float Decoder::break_even(const Pass& pass, int layer, Site site) const {
 
 float Decoder::break_even(Site site) const {
   float least = 1;
-  for (int l = 0; l < config_.n_layers; l++) {
-    const bool rows = site == Site::G || site == Site::N;
-    const float measured = rows ? rows_break_even_[site == Site::G].load() : -1;
-    least = std::min(least, measured >= 0 ? measured
-                            : rows ? break_even_by_row(ffn_weights(l).ffn_rows, site == Site::G)
-                                   : break_even_[size_t(l) * 4 + size_t(site)]);
-  }
+  for (int l = 0; l < config_.n_layers; l++) least = std::min(least, break_even(l, site));
   return least;
 }
 
