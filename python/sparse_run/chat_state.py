@@ -121,9 +121,13 @@ class Conversation:
         """Changes a setting by the name of its flag; raises UsageError for an unknown name or an impossible value."""
         key = name.lower().replace("_", "-").lstrip("-")
         settings = self.settings()
-        key = {"temperature": "temp", "n-predict": "max-tokens", "n": "max-tokens"}.get(key, key)
+        key = {"temperature": "temp", "n-predict": "max-tokens", "num-predict": "max-tokens", "n": "max-tokens"}.get(key, key)
+        if key in ("num-ctx", "ctx-size", "c"):
+            raise UsageError("the context's size is fixed when the chat begins: leave, and start it with -c N")
         if key not in settings:
             raise UsageError(f"no setting {name!r}; there are {', '.join(settings)}, system and verbose")
+        if not text:
+            raise UsageError(f"{name} needs a value; it is {settings[key]:g}")
         field = {"temp": "temperature"}.get(key, key.replace("-", "_"))
         whole = isinstance(getattr(Sampling, field, -1), int)
         try:

@@ -173,6 +173,10 @@ class TestTerminal:
         assert "temp 0.5" in shown and "top-k 7" in shown and "Speak of dogs." in shown and "2 messages" in shown
         assert "error: " in say(child, "/set temp hot") and "error: " in say(child, "/set temp -1")
         assert "no setting 'colour'" in say(child, "/set colour red")
+        assert "no setting 'colour'" in say(child, "/set colour")  # not: it needs a value
+        assert "needs a value; it is 0.5" in say(child, "/set temp")
+        assert "start it with -c N" in say(child, "/set num_ctx 9")
+        assert "error" not in say(child, "/set parameter top_k 8") and "top-k 8" in say(child, "/show")
         assert "temp 0.5" in say(child, "/show")
         say(child, "/set verbose on")
         assert "first token after" in say(child, "More")

@@ -239,3 +239,52 @@ def test_a_closed_stdin_does_no_harm(command: str, arguments: str, code: int, st
     line = f"exec {sys.executable} -m sparse_run {command} -m '{stories_packed}' {arguments} <&-"
     done = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["-ngl", "99"], "--device cuda"),
+        (["-ngl"], "--device cuda"),
+        (["--n-gpu-layers", "99"], "--device cuda"),
+        (["-cnv"], "sparse-run chat"),
+        (["-no-cnv"], "sparse-run generate"),
+        (["-fa", "on"], "leave it out"),
+        (["-ctk", "q8_0"], "16-bit"),
+        (["-tb", "2"], "-t N"),
+        (["-hf", "org/repo"], "sparse-run pull"),
+        (["--max-kv-size", "512"], "-c N"),
+        (["-st"], "generate --chat"),
+        (["--json-schema", "{}"], "grammar"),
+    ],
+)
+def test_options_of_other_engines_are_refused_with_what_to_type_here(
+    words: list[str], remedy: str, run_cli: Run, tmp_path: Path
+) -> None:
+    """Without being told, click takes -ngl 99 for -n with the value gl, and -hf for a wish for help."""
+    for command in ("generate", "chat"):
+        done = run_cli(command, "-m", tmp_path / "none.gguf", "-p", "x", *words)
+        assert done.returncode == 2 and done.stdout == ""
+        assert f"{words[0]}" in done.stderr and remedy in done.stderr and "no option here" in done.stderr
+
+
+def test_a_value_that_looks_like_another_engine_s_option_stays_a_value(run_cli: Run, stories_packed: Path) -> None:
+    done = run_cli("generate", "-m", stories_packed, "-p", "-ngl", "-n", "1", "--stop", "-fa", "--temp", "0")
+    assert done.returncode == 0, done.stderr
+    assert "-ngl" not in run_cli("generate", "--help").stdout
+
+
+def test_a_second_word_without_an_option_is_told_apart_from_the_model(run_cli: Run, stories_packed: Path) -> None:
+    done = run_cli("run", stories_packed, "Hello")
+    assert done.returncode == 2 and "'Hello'" in done.stderr and "with -p" in done.stderr
+    done = run_cli("bench", stories_packed, "Hello")
+    assert done.returncode == 2 and "'Hello'" in done.stderr and "-p" not in done.stderr.split("Error:")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("serve", "no server yet"), ("show", "sparse-run info"), ("genrate", "'generate'"), ("xyz", "sparse-run --help")],
+)
+def test_an_unknown_command_says_what_there_is_instead(name: str, words: str, run_cli: Run) -> None:
+    done = run_cli(name, "-m", "x")
+    assert done.returncode == 2 and done.stdout == "" and words in done.stderr

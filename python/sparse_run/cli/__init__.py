@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ..errors import Cancelled, Error
+from .peers import refuse_foreign_options, unknown_command
 
 # name -> (module that holds `command`, line for the overview). One table, so that `--help` imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -49,7 +50,15 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         # SPARSE_RUN_THREADS is --threads of every command, not SPARSE_RUN_CHAT_THREADS of one.
         command.context_settings.setdefault("auto_envvar_prefix", "SPARSE_RUN")
+        refuse_foreign_options(command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS and not ctx.resilient_parsing:
+            raise click.UsageError(unknown_command(args[0], COMMANDS), ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -209,7 +209,7 @@ class ChatLoop:
             self._say(self._conversation.system or "no system prompt; /system TEXT sets one")
 
     def _set(self, rest: str) -> None:
-        name, _, value = rest.partition(" ")
+        name, _, value = rest.removeprefix("parameter ").lstrip().partition(" ")  # /set parameter, as ollama has it
         value = value.strip()
         if not name:
             self._show("")
@@ -217,8 +217,6 @@ class ChatLoop:
             self._verbose = value.lower() not in ("off", "0", "no", "false")
         elif name.lower() == "system":
             self._system(value)
-        elif not value:
-            self._say(f"/set {name} needs a value")
         else:
             self._conversation.set(name, value)
 

@@ -31,7 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def model_option(function: F) -> F:
     """Gives the command `model: str | None`: -m/--model, or the first positional argument."""
 
-    @click.argument("model_argument", metavar="[MODEL]", required=False)
+    @click.argument("model_arguments", metavar="[MODEL]", nargs=-1)
     @click.option(
         "-m",
         "--model",
@@ -39,8 +39,15 @@ def model_option(function: F) -> F:
         help="A .gguf file, a packed model directory, or a known name (see `sparse-run list`).",
     )
     @functools.wraps(function)
-    def wrapper(*args: Any, model: str | None, model_argument: str | None, **kwargs: Any) -> Any:
-        if model_argument is not None:
+    def wrapper(*args: Any, model: str | None, model_arguments: tuple[str, ...], **kwargs: Any) -> Any:
+        if len(model_arguments) > 1:
+            takes_prompt = any("-p" in parameter.opts for parameter in click.get_current_context().command.params)
+            raise click.UsageError(
+                f"only the model is named without an option, and {model_arguments[1]!r} is one word more"
+                + ("; a prompt goes with -p, in quotes" if takes_prompt else "")
+            )
+        if model_arguments:
+            model_argument = model_arguments[0]
             source = click.get_current_context().get_parameter_source("model")
             if source is not None and source.name == "COMMANDLINE" and model != model_argument:
                 raise click.UsageError(f"two models are named, {model_argument!r} and -m {model!r}; name one")
