@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LONGEST = 2000
+
+
+def one_line(text: str, longest: int = _LONGEST) -> str:
+    """Text that may come from a stranger's file, fit for a terminal: one line, escape sequences written out, its middle left
+    out where it is longer than `longest`.
+
+    >>> one_line("red \\x1b[31m and\\nmore")
+    'red \\\\x1b[31m and more'
+    """
+    if len(text) > longest:
+        text = f"{text[: longest * 2 // 3]} [...] {text[-(longest // 3) :]}"
+    return _CONTROL.sub(lambda found: " " if found[0] in "\t\n\r" else ascii(found[0])[1:-1], text)
+
 
 class Error(Exception):
-    """Base of all errors that sparse_run raises on purpose; the text says what is wrong and what to do."""
+    """Base of all errors that sparse_run raises on purpose; the text says what is wrong and what to do, on one line."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(Error):

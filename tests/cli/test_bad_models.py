@@ -146,6 +146,18 @@ def test_bad_models_are_one_clear_line(name: str, command: str, tmp_path: Path, 
     assert {p.name for p in tmp_path.rglob("*")} - empty_folders <= {"model.gguf"}
 
 
+def test_no_text_of_a_file_reaches_the_terminal_as_an_escape_sequence(tmp_path: Path, run_cli: Any) -> None:
+    path = tmp_path / "model.gguf"
+    write_mixed(path, SHAPE, {"": "Q8_0"}, name="\x1b[2J\x9b1m\n" + "n" * 1000)
+    for arguments in (["info", path], ["info", path, "--json"], ["generate", "-m", path, "-p", "x", "-n", "0", "-v"]):
+        done = run_cli(*arguments)
+        assert done.returncode == 0, done.stderr
+        for text in (done.stdout, done.stderr):
+            assert text.replace("\n", "").isprintable() and len(text) < 3000
+    shown = next(line for line in run_cli("info", path).stdout.splitlines() if line.startswith("name "))
+    assert "\\x1b[2J" in shown
+
+
 def test_an_unwritable_cache_and_a_full_disk_have_the_exit_code_of_run_time(tmp_path: Path, run_cli: Any) -> None:
     path = tmp_path / "model.gguf"
     good(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import ModelError, UnsupportedModelError, one_line
 from .checkpoint import Checkpoint, CheckpointTensor
 from .gguf_reader import GgufFile, GgufMetadata, GgufTensor
 from .rows import FileRows, file_vector
@@ -62,7 +62,7 @@ def _about(metadata: GgufMetadata, path: Path) -> dict[str, str]:
         "license": text("general.license"),
         "source": text("general.repo_url", "general.source.repo_url", "general.source.url", "general.url"),
     }
-    return {key: value for key, value in about.items() if value is not None}
+    return {key: one_line(value, 200) for key, value in about.items() if value is not None}
 
 
 def _tensor(file: GgufFile, tensor: GgufTensor) -> CheckpointTensor:

@@ -27,7 +27,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
-MAX_NAME_BYTES = 1 << 16
+MAX_KEY_BYTES = 1024
+MAX_TENSOR_NAME_BYTES = 256
 MAX_DIMS = 4
 _CHUNK = 1 << 20
 
@@ -250,7 +251,7 @@ class _HeaderReader:
             self.add_tensor(name, dims, type_id, offset, alignment)
 
     def key(self, index: int) -> None:
-        name = self.text(f"the name of metadata key {index}", MAX_NAME_BYTES)
+        name = self.text(f"the name of metadata key {index}", MAX_KEY_BYTES)
         if name in self.values:
             self.fail(f"metadata key {name} occurs twice")
         kind = self.scalar("I", name)
@@ -297,7 +298,7 @@ class _HeaderReader:
         self.at = at
 
     def tensor_entry(self, index: int) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.text(f"the name of tensor {index}", MAX_NAME_BYTES)
+        name = self.text(f"the name of tensor {index}", MAX_TENSOR_NAME_BYTES)
         n_dims = self.scalar("I", f"tensor {name}")
         if not 1 <= n_dims <= MAX_DIMS:
             self.fail(f"tensor {name} claims {n_dims} dimensions")

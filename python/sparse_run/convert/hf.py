@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import ModelError, UnsupportedModelError, one_line
 from .checkpoint import Checkpoint, CheckpointTensor
 from .int4 import Placed, packed_matrices
 from .rows import FileRows, file_vector
@@ -82,7 +82,7 @@ def _card(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
         name = entries.get("license_name") if entries.get("license", "other").strip() == "other" else None
         licence = (name or entries.get("license", "")).strip().strip("'\"")
         if licence:
-            about["license"] = licence
+            about["license"] = one_line(licence, 200)
     return about
 
 
