@@ -72,6 +72,7 @@ struct Session::Impl {
   bool stop_requested();
   void check_tokens(const int32_t* ids, int n) const;
   void check_room(int n) const;
+  void hold(int n);
   void run(const int32_t* ids, int n, float* all);
   // away: of one token on a device, the logits may stay there; the most likely token comes back alone.
   bool forward(const int32_t* ids, int n, Logits which, float* out, bool away) {
@@ -132,7 +133,7 @@ struct Session::Impl {
   std::vector<int32_t> tokens;
   // What other threads may read while one evaluates.
   std::atomic<int> n_past{0};
-  std::atomic<int> most_tokens{0};  // that the cache has held: their memory is in use
+  std::atomic<int> held{0};  // positions of the cache whose memory is in use
   mutable std::mutex stats_mutex;
   Stats stats;
   std::atomic<bool> cancelled{false};
@@ -169,6 +170,17 @@ void Session::Impl::check_room(int n) const {
                                       ": shorten the text or use a larger context (--ctx-size)");
 }
 
+// Memory for the first n positions, and no more: what a longer context, or a pass that was given up, has left behind
+// must not stay in use once weights are in its place.
+void Session::Impl::hold(int n) {
+  if (n < held) {
+    if (device_cache && n) return;  // keeps what it has
+    cache.keep(n);
+  }
+  room.use(n);
+  held = n;
+}
+
 // Evaluates ids; `all` is null or receives [n, n_vocab].
 void Session::Impl::run(const int32_t* ids, int n, float* all) {
   check_tokens(ids, n);
@@ -191,7 +203,7 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
     NeuronStatistic* counting = block > 1 ? statistic.get() : nullptr;
     if (counting) counting->begin_block();
     try {
-      room.use(int(tokens.size()) + block);
+      hold(int(tokens.size()) + block);
       whole = !should_stop() && forward(ids + done, block, which, out, !all);
     } catch (...) {
       if (counting) counting->undo_block();
@@ -208,7 +220,6 @@ void Session::Impl::run(const int32_t* ids, int n, float* all) {
     if (all && !every) std::memcpy(all + size_t(done) * n_vocab, logits.data(), n_vocab * sizeof(float));
     tokens.insert(tokens.end(), ids + done, ids + done + block);
     n_past = int(tokens.size());
-    most_tokens = std::max(most_tokens.load(), n_past.load());
     done += block;
   }
   if (all) std::memcpy(logits.data(), all + size_t(n - 1) * n_vocab, n_vocab * sizeof(float));
@@ -242,7 +253,7 @@ int Session::n_ctx() const { return impl_->n_ctx; }
 int Session::n_past() const { return impl_->n_past; }
 int Session::n_vocab() const { return impl_->model->decoder.config().n_vocab; }
 size_t Session::kv_bytes() const {
-  const int n = impl_->most_tokens;
+  const int n = impl_->held;
   return impl_->device_cache ? impl_->device_cache->bytes(n) : impl_->cache.bytes(n);
 }
 void Session::cancel() { impl_->cancelled.store(true, std::memory_order_relaxed); }
@@ -273,11 +284,7 @@ void Session::truncate(int n) {
   s.tokens.resize(size_t(n));
   s.n_past = n;
   s.has_logits = false;
-  if (n == 0) {
-    s.cache.clear();
-    s.room.use(0);
-    s.most_tokens = 0;
-  }
+  s.hold(n);
 }
 
 void Session::eval(const int32_t* tokens, int n) {
@@ -395,7 +402,7 @@ void Session::run_layer(int layer, int pos, const float* x, int n, float* out, f
     throw Error(ErrorCode::usage, "single layers take 1 to " + std::to_string(kMaxBlock) +
                                       " rows inside the context of " + std::to_string(s.n_ctx));
   }
-  s.room.use(pos + n);
+  s.hold(pos + n);
   LayerRun run = {layer, x, out, {}};
   for (int i = 0; taps && i < kTaps; i++) run.taps[i] = taps[i];
   s.model->decoder.run_layer(run, n, pos, &s.cache, s.skipping());

@@ -1,6 +1,7 @@
 // A segment of one head, keys then values, is what one call of attend reads.
 #include "model/kv_cache.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include "kernels/table.h"
@@ -57,6 +58,9 @@ size_t kv_cache_bytes(int n_layers, int n_kv_heads, int head_dim, int n) {
   return segments(n) * 4 * size_t(n_layers) * size_t(n_kv_heads) * kAttentionChunk * size_t(head_dim);
 }
 
-void KvCache::clear() { discard_pages(data_.data(), data_.size() * sizeof(uint16_t)); }
+void KvCache::keep(int n) {
+  const size_t all = data_.size() * sizeof(uint16_t), kept = std::min(bytes(n), all);
+  discard_pages(reinterpret_cast<uint8_t*>(data_.data()) + kept, all - kept);
+}
 
 }  // namespace sr

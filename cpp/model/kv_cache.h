@@ -30,8 +30,9 @@ class KvCache {
   void erase(int begin, int end);
 
   size_t bytes(int n) const { return kv_cache_bytes(n_layers_, n_kv_heads_, head_dim_, n); }
-  // Gives the memory back to the system, where it can take it; positions must be written again before they are read.
-  void clear();
+  // Gives the memory of what follows the first n positions back to the system, where it can take it; those positions
+  // must be written again before they are read.
+  void keep(int n);
 
  private:
   size_t offset(int layer, int head, int segment) const {

@@ -6,9 +6,12 @@
 #include <fstream>
 #include <thread>
 
+#include "base/aligned_buffer.h"
+#include "base/memory_info.h"
 #include "check.h"
 #include "fault_source.h"
 #include "format/packed_model.h"
+#include "model/attention.h"
 #include "model/decoder.h"
 #include "sparse_run/engine.h"
 #include "sparse_run/error.h"
@@ -245,6 +248,38 @@ TEST_CASE("what contexts and prompts do not use yet holds weights, which give wa
     s.eval(&one, 1);
     CHECK(opened.memory().resident > decoding.resident);
   }
+}
+
+TEST_CASE("a context that becomes shorter gives its memory back, since weights take it, and keeps what is left of it") {
+  constexpr int kLayers = 8, kHeads = 4, kDim = 128, kContext = 4096;
+  sr::KvCache cache(kLayers, kHeads, kDim, kContext);
+  std::vector<float> k(kDim), v(kDim);
+  std::vector<uint16_t> scratch(kDim);
+  const auto fill = [&] {
+    for (int pos = 0; pos < kContext; pos++) {
+      for (int i = 0; i < kDim; i++) k[size_t(i)] = float(pos % 100 + i), v[size_t(i)] = float(pos % 77);
+      for (int l = 0; l < kLayers; l++) {
+        for (int h = 0; h < kHeads; h++) cache.write(l, h, pos, k.data(), v.data(), scratch.data());
+      }
+    }
+  };
+  const size_t half = cache.bytes(kContext) / 2;
+  fill();
+  const std::vector<uint16_t> first(cache.k(7, 3, 0), cache.k(7, 3, 0) + 2 * kDim * sr::kAttentionChunk);
+  const size_t full = sr::resident_memory();
+  cache.keep(kContext / 2 - 100);  // a segment that is begun stays
+  if (full && sr::kDiscardsPages) {
+    const size_t now = sr::resident_memory(), slack = size_t(2) << 20;
+    CHECK(now + half < full + slack);
+    CHECK(now + half + slack > full);
+    cache.keep(kContext / 2);
+    CHECK(sr::resident_memory() + slack > now);
+  }
+  CHECK(std::equal(first.begin(), first.end(), cache.k(7, 3, 0)));
+  fill();
+  CHECK(sr::resident_memory() + (size_t(2) << 20) > full);
+  cache.keep(0);
+  if (full && sr::kDiscardsPages) CHECK(sr::resident_memory() < full - half);
 }
 
 TEST_CASE("what a caller sets aside leaves the weights and comes back to them, unless it is for good") {

@@ -306,6 +306,11 @@ TEST_CASE("session: memory of the cache grows with use, not with the context") {
   s.eval(ids.data(), 20);
   // layers, heads, k and v, fp16, head_dim; 20 tokens begin a segment of 128
   CHECK_EQ(s.kv_bytes(), size_t(2 * 2 * 2 * 2) * 16 * 128);
+  const auto more = some_tokens(130, spec.n_vocab, 5);
+  s.eval(more.data(), 130);
+  CHECK_EQ(s.kv_bytes(), size_t(2 * 2 * 2 * 2) * 16 * 256);
+  s.truncate(20);
+  CHECK_EQ(s.kv_bytes(), size_t(2 * 2 * 2 * 2) * 16 * 128);
   s.truncate(0);
   CHECK_EQ(s.kv_bytes(), size_t(0));
 }
