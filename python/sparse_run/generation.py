@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from .bound import Bound
 from .errors import Cancelled
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class StopMatcher:
         return "" if self.stopped else held
 
 
-class Generation:
+class Generation(Bound):
     """Text as the model makes it. Iterate over it; leaving the loop early, `close` or the end of a `with` block cancels.
 
     text: what came so far, without stop strings. tokens: the ids so far, without the token that ended the answer.

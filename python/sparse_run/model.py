@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from .bound import Bound
 from .errors import UsageError
 from .generation import Generation
 from .session import Session
@@ -59,7 +60,7 @@ class Message(TypedDict):
     content: str
 
 
-class Model:
+class Model(Bound):
     """An opened model. Safe to use from several threads: each generation has a session of its own.
 
     >>> with Model.load("model.gguf") as model:  # doctest: +SKIP
@@ -183,6 +184,10 @@ class Model:
             progress=progress,
         )
 
+    def __repr__(self) -> str:
+        opened = "closed" if self._core is None else f"{self.threads} threads, {self.isa}, {self.weight_bytes / 1e6:.0f} MB"
+        return f"<Model {self.name!r}, {opened}>"
+
     @property
     def name(self) -> str:
         """The model's own name, else that of its directory."""
@@ -275,7 +280,7 @@ class Model:
         """Sessions opened from now on decode with less weight: "off" or None, "auto", a level 0..1, the name of one of the
         model's sparsity files, or a path. A level is calibrated on first use, which takes a while.
 
-        say: called with what "auto" decided. progress: called with (what, done, total) while a level is calibrated.
+        say: called with what "auto" decided, and before a level is calibrated. progress: called with (what, done, total) while a level is calibrated.
 
         Raises UsageError for a level outside 0..1, an unknown name, and under a memory budget for all but what it was given as
         `room_for`; ModelError for a file of another model.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
@@ -37,6 +38,11 @@ class Sampling:
     seed: int = -1
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise UsageError(f"{field.name} is a number, not {value!r}")
+
         def check(name: str, value: float, sound: bool, wanted: str) -> None:
             if not math.isfinite(value) or not sound:
                 raise UsageError(f"{name} is {value}; it must be {wanted}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .bound import Bound
 from .errors import Cancelled, ContextLengthError, Error, UsageError
 from .generation import Generation
 from .sampling import Sampling
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from .skipping import Attached
 
 
-class Session:
+class Session(Bound):
     """A KV cache of `n_ctx` tokens and the model that fills it. For one thread at a time, except `cancel`; several sessions
     of one model may run at once.
 
@@ -82,7 +84,7 @@ class Session:
     ) -> Generation:
         """As `Model.generate`, in this session: the longest prefix that is still cached is not computed again."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
-        ids = self.model.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.model.tokenize(prompt) if isinstance(prompt, str) else prompt
         return self.start(ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos)
 
     def chat(
@@ -221,7 +223,12 @@ class Session:
         return self._core
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
-        tokens = [int(token) for token in ids]
+        if isinstance(ids, (str, bytes, bytearray)):
+            raise UsageError(f"{type(ids).__name__} where token ids are expected; model.tokenize(text) gives them")
+        try:
+            tokens = [operator.index(token) for token in ids]
+        except TypeError as error:
+            raise UsageError(f"token ids are whole numbers: {error}") from None
         if not tokens:
             raise UsageError("the prompt is empty; give at least one token")
         n_vocab = self.model.n_vocab

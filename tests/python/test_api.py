@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
+import pickle
 import subprocess
 import sys
 import threading
@@ -418,14 +420,16 @@ class TestModel:
             {"seed": -2},
             {"max_tokens": -1},
             {"stop": [3]},
+            {"temperature": "hot"},
+            {"top_k": None},
         ],
     )
     def test_impossible_options_are_usage_errors(self, options: dict[str, Any], stories: sr.Model) -> None:
         with pytest.raises(sr.UsageError):
             stories.generate(STORY, **options)
 
-    @pytest.mark.parametrize("ids", [[], [-1], [512], [10**12]])
-    def test_impossible_ids_are_usage_errors(self, ids: list[int], stories: sr.Model) -> None:
+    @pytest.mark.parametrize("ids", [[], [-1], [512], [10**12], [1.5], ["Once"], b"Once"])  # bytes are numbers, but no tokens
+    def test_impossible_ids_are_usage_errors(self, ids: Any, stories: sr.Model) -> None:
         for call in (stories.generate, stories.logits):
             with pytest.raises(sr.UsageError):
                 call(ids)
@@ -440,6 +444,15 @@ class TestModel:
         model.close()
         with pytest.raises(sr.UsageError, match="closed"):
             model.generate(STORY)
+
+    def test_what_a_process_holds_is_not_copied_and_says_so(self, stories_packed: Path) -> None:
+        with sr.Model(stories_packed) as model, model.session() as session:
+            for held in (model, session, session.generate(STORY)):
+                for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+                    with pytest.raises(TypeError, match=f"a {type(held).__name__} cannot be .* sparse_run.load"):
+                        copied(held)
+            assert model.name in repr(model) and f"{model.threads} threads" in repr(model)
+        assert "closed" in repr(model)
 
     def test_a_missing_model_is_a_model_error(self, tmp_path: Path) -> None:
         with pytest.raises(sr.ModelError):
