@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 Tick = Callable[[str, float, float], None]
 """tick(line for people, work done, work in all)."""
 
+CANNOT_RUN = (
+    "this model cannot decode with predictors: its FFN is stored in the layout panels; train with the model that "
+    "`sparse-run convert --layout neurons` makes"
+)
 TRAIN_COST = 0.05  # of one row and epoch of a layer, in prompt tokens through the model: only for the time left
 
 
@@ -133,6 +137,16 @@ class Fit:
     def runs(self) -> bool:
         """Whether this model can decode with predictors: its FFN is stored by neuron."""
         return all(part.layout["layout"] == "neurons" for layer in self.header.parts["M"] for part in layer)
+
+    def warnings(self) -> list[str]:
+        """What makes the hours of training likely to be in vain, known before them."""
+        said = [] if self.runs else [CANNOT_RUN]
+        if not self.true_zeros:
+            said.append(
+                f"this model's activation gives no exact zeros: predictors learn which neurons hold {ENERGY:.0%} of the energy of "
+                "act(gate) * up; for such models `sparse-run calibrate` is made"
+            )
+        return said
 
     def file(self) -> SparsityFile:
         """The sparsity file: predictors, thresholds and, in `quality`, recall, density and the trivial predictor's; where the

@@ -330,7 +330,7 @@ def choose(
     tick: Callable[[str, float, float], None] | None = None,
 ) -> SparsityFile | None:
     """What `--sparsity` means: off (None), auto, a LEVEL 0..1 (calibrated now, on text of the model's own, where that has
-    not been done yet), a NAME, or a FILE. say: called with what `auto` decided."""
+    not been done yet), a NAME, or a FILE. say: called with what `auto` decided, and before a level is calibrated."""
     if choice == "off":
         return None
     if choice == "auto":
@@ -349,6 +349,11 @@ def choose(
             return load(path, header)
         except ModelError:
             pass  # of an older version, or damaged: it is only a cache, and made again
+    if say is not None:
+        say(
+            f"level {level:g} is not calibrated yet for this model: that is done now, on text of the model's own, and kept for "
+            "later runs; started again after Ctrl-C it goes on where it was"
+        )
     fit = Fit(model, tokenizer, header, Options(tokens=4096, eval_tokens=1024), tick=tick)
     file = fit.file("uniform", level, measure=False)
     save(file, path)

@@ -166,6 +166,9 @@ def test_command_line_on_a_model_without_true_zeros(
     assert found["quality"]["true_zeros"] is False and "meant for FFNs of ReLU type" in found["advice"]
     assert f"{found['quality']['neurons']['recall']:.1%}" in found["advice"]
     assert Path(found["path"]).is_file() and found["quality"]["predictor_bytes"] > 0
+    # Before the work, which takes hours with a real model, and not after it alone.
+    for warning in ("its FFN is stored in the layout panels", "gives no exact zeros"):
+        assert 0 <= done.stderr.find(warning) < done.stderr.find("text of the model's own")
     assert run_cli("train-predictor", "-m", stories_gguf, "--recall", 1.5, env=env).returncode == 2
     assert run_cli("train-predictor", "-m", stories_gguf, "--tokens", 300, env=env).returncode == 2
     drawn = run_cli("plot", "-m", stories_gguf, "-o", tmp_path / "pictures", env=env)

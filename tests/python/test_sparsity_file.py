@@ -175,6 +175,22 @@ def test_auto(packed: Path) -> None:
     assert sparsity.find_auto(header)[0] is None
 
 
+def test_a_level_says_before_its_calibration_that_it_takes_a_while(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparse_run.predictors.teal import fit
+
+    said: list[str] = []
+
+    def begins(*_: Any, **__: Any) -> None:
+        assert len(said) == 1 and "level 0.37 is not calibrated yet" in said[0]
+        raise InterruptedError
+
+    monkeypatch.setattr(fit, "Fit", begins)
+    with pytest.raises(InterruptedError):
+        sparsity.choose("0.37", read_header(packed), None, None, say=said.append)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [

@@ -71,7 +71,7 @@ def command(
     """
     from .. import _core, registry
     from .. import sparsity as files
-    from ..predictors.dejavu.fit import Fit, Options, advice
+    from ..predictors.dejavu.fit import CANNOT_RUN, Fit, Options, advice
     from ..predictors.dejavu.train import load_torch
     from ..tokenizer import Tokenizer
 
@@ -95,7 +95,11 @@ def command(
     core = _core.Model(str(path), threads or 0)
     try:
         with Work(quiet=quiet) as work:
-            file = Fit(core, Tokenizer.load(path), header, options, text=text, tick=work).file()
+            fit = Fit(core, Tokenizer.load(path), header, options, text=text, tick=work)
+            if not quiet:
+                for warning in fit.warnings():  # training takes an hour or more
+                    click.echo(warning, err=True)
+            file = fit.file()
         files.save(file, target)
     finally:
         core.close()
@@ -125,8 +129,5 @@ def command(
             f"{q['tokens_per_s_dense']:.1f} -> {q['tokens_per_s']:.1f} tokens/s"
         )
     else:
-        click.echo(
-            "  this model cannot decode with it: its FFN is stored in the layout panels; train with the model that "
-            "`sparse-run convert --layout neurons` makes"
-        )
+        click.echo(f"  {CANNOT_RUN}")
     click.echo(f"  {target}")
