@@ -25,6 +25,14 @@ from ahead import Work
 # A test run started in the background ignores Ctrl-C, and so would every program it starts; a handler is not inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def _terminated(number: int, _frame: object) -> None:
+    """SIGTERM ends the session in order: fixtures are undone, and builds that run ahead end with it."""
+    pytest.exit("terminated", returncode=128 + number)
+
+
+signal.signal(signal.SIGTERM, _terminated)
+
 # Taken before the isolation below: fetched models are kept in the user's real cache from run to run.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-run-test-models"
 

@@ -83,7 +83,7 @@ class TestBreakEven:
         self, smollm2_neurons: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         env = {"XDG_CACHE_HOME": str(tmp_path)}
-        done = run_cli("bench", "--breakeven", "-m", smollm2_neurons, "-t", 2, "--reps", 1, "--json", env=env)
+        done = run_cli("bench", "--breakeven", "-m", smollm2_neurons, "-t", 2, "--reps", 3, "--json", env=env)
         assert done.returncode == 0, done.stderr
         r = json.loads(done.stdout)
         rows = {s["sites"][0]: s for s in r["shapes"] if not s["panel_rows"]}

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import pytest
 from ahead import Work
-from cpp_build import BuildUnavailable, build, build_ahead, core_folder, packaged_core
+from cpp_build import SETTINGS, BuildUnavailable, build, build_ahead, core_folder, keep_foreign_build, packaged_core
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted(p.stem for p in (ROOT / "tests" / "cpp").glob("*_test.cc"))
@@ -175,6 +175,20 @@ def test_the_package_s_core_is_linked_only_while_it_is_that_of_the_sources(
     assert packaged_core(tmp_path) is None
     monkeypatch.delenv("CXX")
     assert packaged_core(tmp_path) == library
+
+
+def test_a_developer_s_build_folder_is_not_reconfigured(tmp_path: Path) -> None:
+    keep_foreign_build(tmp_path / "none yet", tmp_path)
+    keep_foreign_build(tmp_path, tmp_path)  # a folder without a build
+    lines = [f"{name}:BOOL={value}" for name, value in SETTINGS.items()]
+    cache = tmp_path / "CMakeCache.txt"
+    cache.write_text("\n".join(["# a comment", *lines, f"CMAKE_HOME_DIRECTORY:INTERNAL={tmp_path}"]))
+    keep_foreign_build(tmp_path, tmp_path)  # what the tests made earlier
+    with pytest.raises(AssertionError, match="CMAKE_HOME_DIRECTORY is .* name a new folder"):
+        keep_foreign_build(tmp_path, tmp_path / "another checkout")
+    cache.write_text(cache.read_text().replace("SPARSE_RUN_PYTHON:BOOL=OFF", "SPARSE_RUN_PYTHON:BOOL=ON"))
+    with pytest.raises(AssertionError, match="SPARSE_RUN_PYTHON is ON, not OFF"):
+        keep_foreign_build(tmp_path, tmp_path)
 
 
 def test_build_folder_is_not_tracked() -> None:

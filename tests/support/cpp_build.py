@@ -13,6 +13,13 @@ from pathlib import Path
 
 from ahead import Work
 
+SETTINGS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "SPARSE_RUN_TESTS": "ON",
+    "SPARSE_RUN_PYTHON": "OFF",
+    "SPARSE_RUN_WERROR": "ON",
+    "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
+}
 _ahead: dict[Path | None, Future[Path]] = {}  # builds that were started, by toolchain
 Run = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
 
@@ -63,6 +70,22 @@ def build_ahead(work: Work, root: Path, toolchain: Path | None = None) -> Future
     return _ahead[toolchain]
 
 
+def keep_foreign_build(folder: Path, root: Path) -> None:
+    """Fails where the folder holds a build that was configured for something else: a developer's own, which would be
+    reconfigured."""
+    cache = folder / "CMakeCache.txt"
+    if not cache.is_file():
+        return
+    lines = (line.partition("=") for line in cache.read_text("utf-8", "replace").splitlines())
+    found = {name.partition(":")[0]: value for name, _, value in lines}
+    wanted = {**SETTINGS, "CMAKE_HOME_DIRECTORY": str(root)}
+    other = [f"{name} is {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
+    assert not other, (
+        f"SPARSE_RUN_TEST_BUILD: {folder} holds a build of another kind ({other[0]}), which the tests would reconfigure; "
+        "name a new folder"
+    )
+
+
 def core_folder(folder: Path) -> Path:
     """The folder whose compile_commands.json names the objects of the core that the programs of a build are linked with."""
     for line in (folder / "CMakeCache.txt").read_text("utf-8").splitlines():
@@ -80,10 +103,9 @@ def _build(root: Path, toolchain: Path | None, run: Run) -> Path:
     folder = Path(os.environ.get("SPARSE_RUN_TEST_BUILD") or root / "build" / "cpp-tests")
     if toolchain is not None:
         folder = folder.with_name(f"{folder.name}-{toolchain.stem}")
-    command = [
-        cmake, "-S", str(root), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", "-DSPARSE_RUN_TESTS=ON",
-        "-DSPARSE_RUN_PYTHON=OFF", "-DSPARSE_RUN_WERROR=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-    ]  # fmt: skip
+    if os.environ.get("SPARSE_RUN_TEST_BUILD"):
+        keep_foreign_build(folder, root)
+    command = [cmake, "-S", str(root), "-B", str(folder), *(f"-D{name}={value}" for name, value in SETTINGS.items())]
     if toolchain is not None:
         command.append(f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
     else:
