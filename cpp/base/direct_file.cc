@@ -22,6 +22,26 @@ namespace {
   throw Error(ErrorCode::model, "cannot open " + path + ": " + why);
 }
 
+// What the system says, and where it only says that nothing answers any more, what that is like for people.
+std::string reason(int error) {
+  std::string text = std::strerror(error);
+  switch (error) {
+    case EIO:
+    case ENODEV:
+    case ENXIO:
+#ifdef ESTALE
+    case ESTALE:  // of a network
+#endif
+#ifdef ENOTCONN
+    case ENOTCONN:  // of a program that was the file system
+#endif
+      text += " (the disk that it lies on fails, or was removed)";
+      break;
+    default: break;
+  }
+  return text;
+}
+
 std::mutex wrap_mutex;
 std::function<std::shared_ptr<ByteSource>(std::shared_ptr<ByteSource>)> wrapper;
 
@@ -61,13 +81,13 @@ class DirectFile : public ByteSource {
     }
 #endif
     if (fd_ < 0) fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd_ < 0) cannot_open(path, std::strerror(errno));
+    if (fd_ < 0) cannot_open(path, reason(errno));
 #if defined(F_NOCACHE)
     direct_ = fcntl(fd_, F_NOCACHE, 1) == 0;
 #endif
     bool regular = false;
     std::string why;
-    if (!stamp_of(fd_, &opened_, &regular)) why = std::strerror(errno);
+    if (!stamp_of(fd_, &opened_, &regular)) why = reason(errno);
     else if (!regular) why = "not a regular file";
     else if (opened_.size == 0) why = "the file is empty";
     if (!why.empty()) {
@@ -93,7 +113,7 @@ class DirectFile : public ByteSource {
   std::string changed() const override {
     Stamp now;
     bool regular = false;
-    if (!stamp_of(fd_, &now, &regular)) return std::strerror(errno);
+    if (!stamp_of(fd_, &now, &regular)) return std::string("has become unreachable (") + std::strerror(errno) + ")";
     if (now.size < opened_.size) return "has become shorter";
     if (now.size != opened_.size || now.seconds != opened_.seconds || now.nanoseconds != opened_.nanoseconds) {
       return "has been written to";
@@ -121,7 +141,7 @@ class DirectFile : public ByteSource {
 class DirectFile : public ByteSource {
  public:
   explicit DirectFile(const std::string& path) : path_(path), file_(std::fopen(path.c_str(), "rb")) {
-    if (!file_) cannot_open(path, std::strerror(errno));
+    if (!file_) cannot_open(path, reason(errno));
     std::fseek(file_, 0, SEEK_END);
     const long size = std::ftell(file_);
     if (size <= 0) {
@@ -176,7 +196,7 @@ std::string read_fully(ByteSource& source, void* to, size_t bytes, uint64_t offs
     if (stop && stop->load(std::memory_order_relaxed)) return "given up";
     const int64_t n = source.read(static_cast<char*>(to) + (at - offset), size_t(end - at), at);
     if (n == -EINTR || n == -EAGAIN) continue;
-    if (n < 0) return "cannot read " + source.path() + ": " + std::strerror(int(-n));
+    if (n < 0) return "cannot read " + source.path() + ": " + reason(int(-n));
     if (n == 0) return source.path() + " has become shorter while it is in use";
     const uint64_t begun = at;
     at += uint64_t(n);

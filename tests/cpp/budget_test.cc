@@ -2,7 +2,9 @@
 // never a wrong token, when the file or the disk goes wrong.
 #include <sys/stat.h>
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <thread>
 
@@ -390,6 +392,50 @@ TEST_CASE("an I/O error in the middle of a generation ends it with a clear text,
   faults.last->interrupt = 50;
   faults.last->halve = true;
   CHECK(greedy(s, prompt, 12) == expected);
+}
+
+TEST_CASE("a disk that is removed is told as that, at the start and in the middle, and what answers again works") {
+  const Streamed model;
+  const auto prompt = some_tokens(20, 1000);
+  const size_t budget = model.budget();
+  const std::string file = sr::PackedModel::weight_file(model.tiny.path());
+  for (int error : {EIO, ENODEV, ENXIO, ESTALE}) {
+    std::string text;
+    const std::string expected =
+        "cannot read " + file + ": " + std::strerror(error) + " (the disk that it lies on fails, or was removed)";
+    // 0: the first read of all; more: after so many, among the weights.
+    for (int64_t after : {0, 1, 4}) {
+      std::shared_ptr<FaultSource> last;
+      sr::wrap_sources([&](std::shared_ptr<sr::ByteSource> inner) {
+        last = std::make_shared<FaultSource>(std::move(inner));
+        last->on_read = [s = last.get(), after, error](uint64_t, size_t) {
+          if (s->reads > after) s->fail_with = error;
+        };
+        return last;
+      });
+      CHECK(code_of([&] { sr::Model m(with_budget(model.tiny.path(), budget)); }, &text) == ErrorCode::runtime);
+      CHECK_EQ(text, expected);
+      sr::wrap_sources(nullptr);
+    }
+    Faults faults;
+    sr::Model opened(with_budget(model.tiny.path(), budget));
+    sr::Session s(opened, 256);
+    const std::vector<int32_t> tokens = greedy(s, prompt, 6);
+    sr::SamplerOptions greedily;
+    greedily.temperature = 0;
+    sr::Sampler sampler(greedily);
+    s.truncate(0);
+    s.eval(prompt.data(), int(prompt.size()));
+    faults.last->fail_with = error;
+    CHECK(code_of([&] { s.step(&sampler); }, &text) == ErrorCode::runtime);
+    CHECK_EQ(text.find(expected), size_t(0));
+    faults.last->fail_with = 0;
+    CHECK(greedy(s, prompt, 6) == tokens);
+  }
+  const std::string full = model.tiny.path() + "/config.json/nothing";  // an error that is not the disk's
+  std::string text;
+  CHECK(code_of([&] { sr::open_direct(full); }, &text) == ErrorCode::model);
+  CHECK(text.find(full) != std::string::npos && text.find("removed") == std::string::npos);
 }
 
 TEST_CASE("a file that is truncated or written to ends the generation, one that is replaced does not") {
