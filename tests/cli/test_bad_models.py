@@ -77,6 +77,22 @@ def tensor_type(path: Path) -> None:
     path.write_bytes(data[:at] + struct.pack("<I", 16) + data[at + 4 :])
 
 
+def with_key(name: str, value: Any) -> Callable[[Path], None]:
+    """A sound file with one key more, in front."""
+
+    def make(path: Path) -> None:
+        data = good(path)
+        (count,) = struct.unpack_from("<Q", data, 16)
+        number = isinstance(value, int)
+        packed = struct.pack("<IH", 2, value) if number else struct.pack("<IQ", 8, len(value)) + value.encode()
+        more = struct.pack("<Q", len(name)) + name.encode() + packed
+        end = gguf.GGUFReader(str(path)).data_offset
+        header = data[:16] + struct.pack("<Q", count + 1) + more + data[24:end]
+        path.write_bytes(header + bytes(-len(header) % 32) + data[end:])
+
+    return make
+
+
 def infinite(path: Path) -> None:
     good(path)
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.attn_q.weight")
@@ -108,6 +124,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "random header": (random_header, "claims"),
     "unknown architecture": (with_writer("whale"), "'whale' is not supported; supported: "),
     "no tokenizer": (with_writer("llama"), "no tokenizer"),
+    "one part of two": (with_key("split.count", 2), "one of 2 parts of a model; "),
+    "an adapter": (with_key("general.type", "adapter"), "of the type 'adapter' is no model by itself"),
+    "an importance matrix": (with_writer("llama", lambda w: w.add_type("imatrix")), "the type 'imatrix' is no model"),
     "unknown tensor type": (tensor_type, "token_embd.weight is of type IQ2_XXS"),
     "weights not finite": (infinite, "blk.0.attn_q.weight holds weights that are not finite"),
     "directory": (directory, "neither a packed model nor"),

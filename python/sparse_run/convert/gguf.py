@@ -16,13 +16,17 @@ def open_gguf(file: GgufFile) -> Checkpoint:
     from ..models.fields import HARMLESS_GGUF, Fields
 
     metadata, where = file.metadata, str(file.path)
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise UnsupportedModelError(f"{where}: a file of the type {kind!r} is no model by itself; give the model's own file")
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise ModelError(f"{where}: general.architecture is missing; the file holds no language model")
     parts = metadata.get("split.count")
     if isinstance(parts, int) and parts > 1:
         raise UnsupportedModelError(
-            f"{where}: one of {parts} parts of a model; get the model in one file, or join the parts"
+            f"{where}: one of {parts} parts of a model; get the model in one file, or join the parts with llama.cpp's "
+            "llama-gguf-split --merge"
         )
     architecture = find_gguf(name)
     if architecture is None:
