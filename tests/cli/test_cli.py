@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -239,6 +240,29 @@ def test_a_closed_stdin_does_no_harm(command: str, arguments: str, code: int, st
     line = f"exec {sys.executable} -m sparse_run {command} -m '{stories_packed}' {arguments} <&-"
     done = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_time_left_is_said_once_something_is_known_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_run.cli import common
+
+    now = 100.0
+    monkeypatch.setattr(common.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with common.Work(stream=stream) as work:
+        work("loading", 0, 4)
+        now += 30
+        work("decode", 1, 4)
+    assert stream.getvalue() == "loading\ndecode; about 1:30 left\n"
+    with common.Work(quiet=True, stream=stream) as work:
+        work("nothing", 1, 4)
+    assert "nothing" not in stream.getvalue()
+
+
+def test_bench_says_what_it_does_on_stderr_alone(run_cli: Run, stories_packed: Path) -> None:
+    words = ("bench", "-m", stories_packed, "--prompt", "4", "--gen", "2", "--reps", "1", "--json")
+    done = run_cli(*words)
+    assert done.returncode == 0 and done.stderr.startswith("loading") and json.loads(done.stdout)["schema"] == 1
+    assert run_cli(*words, "-q").stderr == ""
 
 
 @pytest.mark.parametrize(

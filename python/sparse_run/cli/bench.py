@@ -98,7 +98,7 @@ def command(
     compared = None
     if sparsity not in (None, "off"):
         compared = _sparse(path, threads, device, on_device, str(sparsity), gen, reps, quiet, budget)
-    with Work(quiet=quiet or budget is None) as work:
+    with Work(quiet=quiet) as work:  # a large model takes minutes
         result = bench(
             path,
             threads=threads,
@@ -108,7 +108,7 @@ def command(
             gen=gen,
             reps=reps,
             memory_budget=budget,
-            progress=work if budget else None,
+            progress=work,
         )
     if as_json:
         print_json({**result.as_dict(), **(compared.as_dict() if compared is not None else {})})

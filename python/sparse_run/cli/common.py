@@ -338,8 +338,10 @@ class Work:
         if self._quiet or now - self._shown < (0.1 if self._terminal else 10.0):
             return
         self._shown = now
-        left = (now - self._begin) * (total - done) / done if done > 0 else 0.0
-        line = f"{what}; about {int(left) // 60}:{int(left) % 60:02d} left"
+        line = what
+        if done > 0:
+            left = (now - self._begin) * (total - done) / done
+            line = f"{what}; about {int(left) // 60}:{int(left) % 60:02d} left"
         try:
             self._stream.write(f"\r{line}\x1b[K" if self._terminal else f"{line}\n")
             self._stream.flush()
