@@ -239,7 +239,10 @@ bool Sampler::may_sample_top(int n) const {
   const SamplerOptions& o = impl_->options;
   if (o.repeat_penalty < 1.0f && o.repeat_last_n != 0) return false;  // makes tokens likelier that are not among them
   if (o.temperature == 0 || o.top_k == 1) return true;
-  return o.top_k > 0 ? o.top_k <= n : o.top_p < 1.0f || o.min_p > 0.0f;
+  if (o.top_k > 0) return o.top_k <= n;
+  // top_p is a share of what all tokens have after the penalty, of which the sum before it says nothing.
+  if (o.top_p < 1.0f) return o.repeat_penalty == 1.0f || o.repeat_last_n == 0;
+  return o.min_p > 0.0f;
 }
 
 int32_t Sampler::sample_top(const TopTokens& top) {
@@ -251,22 +254,24 @@ int32_t Sampler::sample_top(const TopTokens& top) {
   const bool all = s.keep_known(top);
   if (s.candidates.empty()) return -1;
   if (o.temperature == 0 || o.top_k == 1) return s.candidates[0].id;
-  const bool chosen = o.top_k > 0 && o.top_k < top.n_vocab;  // keep_top_k makes a list in order, else one by id
+  // keep_top_k makes a list in order, else one by id, which is what is drawn from where top_p does not order it.
+  const bool chosen = o.top_k > 0 && o.top_k < top.n_vocab;
+  bool back_by_id = false;
   if (chosen) {
     if (s.candidates.size() < size_t(o.top_k)) return -1;
     s.candidates.resize(size_t(o.top_k));
   } else if (all) {
     std::sort(s.candidates.begin(), s.candidates.end(), by_id);
   } else if (o.top_p < 1.0f) {
-    if (s.penalises() || !s.keep_certain_top_p(top.total)) return -1;
+    if (!s.keep_certain_top_p(top.total)) return -1;
   } else {
     // Of all tokens those that min_p leaves: certain where the last one here is none of them.
     if (s.candidates.back().logit >= s.candidates[0].logit + std::log(o.min_p)) return -1;
-    s.keep_min_p();
-    std::sort(s.candidates.begin(), s.candidates.end(), by_id);
+    back_by_id = true;
   }
   if (chosen || all) s.keep_top_p();
   s.keep_min_p();
+  if (back_by_id) std::sort(s.candidates.begin(), s.candidates.end(), by_id);
   return s.draw();
 }
 

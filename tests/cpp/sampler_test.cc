@@ -239,21 +239,36 @@ TEST_CASE("sampler: what the likeliest tokens decide is what all logits decide, 
     }
     for (int step = 0; step < 3; step++) {
       const int32_t got = from_top.sample_top({top.data(), ids.data(), n_top, n, total});
-      if (got < 0) {
-        open++;
-        break;
-      }
-      sure++;
-      CHECK_EQ(got, whole.sample(logits.data(), n));
+      // What is left open has changed nothing: a draw from all logits is that of a sampler that was never asked.
+      const int32_t wanted = whole.sample(logits.data(), n);
+      CHECK_EQ(got < 0 ? from_top.sample(logits.data(), n) : got, wanted);
+      (got < 0 ? open : sure)++;
+      whole.accept(wanted);
+      from_top.accept(wanted);
     }
   }
   CHECK(sure > 300);
   CHECK(open > 20);
-  SamplerOptions o;  // the usual options
-  CHECK(Sampler(o).may_sample_top(256));
-  o.top_k = 257;
-  CHECK(!Sampler(o).may_sample_top(256));
-  CHECK(!Sampler(plain()).may_sample_top(256));
+}
+
+TEST_CASE("sampler: the likeliest tokens are asked for only by options that they can decide") {
+  const auto asks = [](auto set) {
+    SamplerOptions o = plain();
+    set(o);
+    return Sampler(o).may_sample_top(256);
+  };
+  CHECK(Sampler(SamplerOptions()).may_sample_top(256));  // the usual ones
+  CHECK(asks([](auto& o) { o.temperature = 0; }));
+  CHECK(asks([](auto& o) { o.top_k = 256; }));
+  CHECK(asks([](auto& o) { o.top_k = 256, o.top_p = 0.9f, o.min_p = 0.1f, o.repeat_penalty = 1.1f; }));
+  CHECK(asks([](auto& o) { o.top_p = 0.9f; }));
+  CHECK(asks([](auto& o) { o.min_p = 0.1f, o.repeat_penalty = 1.1f; }));
+  CHECK(asks([](auto& o) { o.top_p = 0.9f, o.repeat_penalty = 0.9f, o.repeat_last_n = 0; }));  // no penalty
+  CHECK(!asks([](auto&) {}));                  // plain temperature: any token may be drawn
+  CHECK(!asks([](auto& o) { o.top_k = 257; }));
+  CHECK(!asks([](auto& o) { o.top_k = 40, o.repeat_penalty = 0.9f; }));    // makes others likelier
+  CHECK(!asks([](auto& o) { o.temperature = 0, o.repeat_penalty = 0.9f; }));
+  CHECK(!asks([](auto& o) { o.top_p = 0.9f, o.repeat_penalty = 1.1f; }));  // the sum after the penalty is not known
 }
 
 TEST_CASE("sampler: impossible options are refused by name") {
