@@ -70,7 +70,7 @@ def test_host_code_compiles_against_the_toolkit(source: Path) -> None:
 
 
 def test_there_is_device_code_and_each_file_is_emulated() -> None:
-    emulated = {p.stem for p in (ROOT / "tests" / "gpu" / "emulator").glob("*.cc")} - {"sr_cuda_emulator"}
+    emulated = {p.stem for p in (ROOT / "tests" / "gpu" / "emulator").glob("*.cc")} - {"sr_cuda_emulator", "sr_cuda_runtime"}
     assert {p.stem for p in SOURCES} == emulated
 
 
@@ -268,6 +268,35 @@ def test_the_script_for_a_gpu_works_to_its_end_where_it_is_rehearsed(
 
     done = subprocess.run([*script, "--only", "paint"], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "no part 'paint'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "line", "status"),
+    [
+        ("echo 'Error: Device not supported.'; seq 200000; exit 9", "is refused by this device: not run", 0),
+        ("sleep 60", "compute-sanitizer hangs here: not run", 0),
+        ("exit 0", "all of it passed", 0),
+        ('case "$*" in *racecheck*stream) exit 9 ;; esac', "FAILED: timeout", 1),
+    ],
+    ids=["refused", "hangs", "finds nothing", "finds a race"],
+)
+def test_the_script_for_a_gpu_tells_a_refused_sanitizer_from_what_it_finds(
+    sanitizer: str, line: str, status: int, tmp_path: Path
+) -> None:
+    programs = {"nvidia-smi": "echo 'Fake GPU, 1.2'", "nvcc": "echo 'release 13.0'", "compute-sanitizer": sanitizer}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", str(ROOT / "tests" / "gpu" / "run.sh"), "--only", "sanitize", "--results", str(tmp_path / "results")],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, "SPARSE_RUN_STEP_LIMIT": "2", "SPARSE_RUN_TEST_BUILD": str(tmp_path), "CUDACXX": ""},
+    )
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr
+    assert line in done.stdout, done.stdout[-3000:]
 
 
 def fake_smi(folder: Path, prints: str) -> str:
