@@ -31,11 +31,16 @@ bool is_set(const char* name, const char* value) {
   return text && std::string(text) == value;
 }
 
-// Programmatic dependent launch in a captured graph, on demand until it has been measured.
+// Programmatic dependent launch in a captured graph, on demand until it has been measured. The code that was loaded
+// decides: what was compiled for an older GPU and translated for this one has no griddepcontrol, and would not wait for
+// its input.
 bool can_overlap(const cudaDeviceProp& device) {
   constexpr int kSince = 12030;  // of CUDA, for graphs
-  int driver = 0, runtime = 0;
+  constexpr int kOldestCode = 90;
+  int driver = 0, runtime = 0, machine = 0, ptx = 0;
   if (!is_set("SPARSE_RUN_CUDA_OVERLAP", "1") || device.major < 9) return false;
+  check(code_for_device(&machine, &ptx), "the code for it");
+  if (ptx < kOldestCode) return false;
   check(cudaDriverGetVersion(&driver), "its driver's version");
   check(cudaRuntimeGetVersion(&runtime), "the runtime's version");
   return driver >= kSince && runtime >= kSince;

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <thread>
 
 #include "cuda/decoder.h"
 #include "cuda/device.h"
@@ -165,7 +167,12 @@ TEST_CASE("device decoder: kernels that start before the one before is over give
   sr_emu::faults.capability = 90;
   CHECK(apart == run());
   CHECK(sr_emu::overlapped > 20);
+  sr_emu::overlapped = 0;
+  sr_emu::faults.ptx = 75;  // the code for an older GPU, translated: it does not wait for what comes before
+  CHECK(apart == run());
+  CHECK_EQ(sr_emu::overlapped, 0LL);
   sr_emu::faults.capability = 75;
+  sr_emu::faults.ptx = 0;
 #endif
   setenv(switch_name, before.c_str(), 1);
 }
@@ -304,25 +311,6 @@ TEST_CASE(
     return ids;
   };
   CHECK(greedy(cpu) == greedy(gpu));
-  // Options of a sampler: what it draws from the device's likeliest tokens is what it draws from all logits.
-  for (int i = 0; i < 24; i++) {
-    SamplerOptions sampling;
-    sampling.seed = 100 + i;
-    sampling.top_k = i % 3 == 0 ? 0 : i % 3 == 1 ? 7 : 40;
-    sampling.top_p = i / 3 % 2 ? 0.7f : 1.0f;
-    sampling.min_p = i / 6 % 2 ? 0.1f : 0.0f;
-    sampling.repeat_penalty = i / 12 ? 1.3f : 1.0f;
-    Sampler from_top(sampling), from_all(sampling);
-    Session session(gpu, 64);
-    session.eval(prompt.data(), 5);
-    session.eval(prompt.data(), 1);
-    for (int step = 0; step < 6; step++) {
-      const int32_t token = session.sample(&from_top);  // accepts
-      CHECK_EQ(token, from_all.sample(session.logits(), session.n_vocab()));
-      from_all.accept(token);
-      session.eval(&token, 1);
-    }
-  }
 #ifdef SR_CUDA_EMULATED
   sr_emu::faults.devices = 0;
   CHECK_THROWS(Model(options), Error, "no NVIDIA GPU was found: use --device cpu");
@@ -336,17 +324,129 @@ TEST_CASE(
   sr_emu::faults.driver = 0;
   CHECK_THROWS(Model(options), Error, "no NVIDIA driver was found");
   sr_emu::faults.driver = 12080;
-  sr_emu::faults.no_image = true;
+  sr_emu::faults.code = cudaErrorNoKernelImageForDevice;
   options.device = "cuda";
   CHECK_THROWS(Model(options), Error, "no code for emulated GPU, compute capability 7.5 (no kernel image");
   options.device = "auto";
   CHECK_EQ(Model(options).device(), std::string("cpu"));
-  sr_emu::faults.no_image = false;
+  for (cudaError_t e : {cudaErrorInvalidDeviceFunction, cudaErrorInvalidKernelImage, cudaErrorInvalidPtx,
+                        cudaErrorJitCompilerNotFound, cudaErrorUnsupportedPtxVersion}) {
+    sr_emu::faults.code = e;
+    CHECK(device_problem().find("this build has no code for emulated GPU") == 0);
+  }
+  // Not the build's fault: another program has the GPU, or all of its memory; a machine that is still starting.
+  sr_emu::faults.code = cudaErrorDevicesUnavailable;
+  CHECK_EQ(device_problem(), std::string("the GPU does not answer (CUDA-capable device(s) is/are busy or unavailable): "
+                                         "use --device cpu"));
+  sr_emu::faults.code = cudaErrorMemoryAllocation;
+  CHECK_EQ(device_problem(), std::string("the GPU does not answer (out of memory): use --device cpu"));
+  sr_emu::faults.code = cudaSuccess;
+  sr_emu::faults.count = cudaErrorSystemNotReady;
+  CHECK_EQ(device_problem(), std::string("the GPU does not answer (system not yet initialized): use --device cpu"));
+  sr_emu::faults.count = cudaSuccess;
+  CHECK_EQ(device_problem(), std::string());
+  CHECK_EQ(int(cudaGetLastError()), int(cudaSuccess));
   sr_emu::faults.memory = sr_emu::allocated + 1000;
   CHECK_EQ(Model(options).device(), std::string("cpu"));  // does not fit
   sr_emu::faults = {};
 #endif
 }
+
+TEST_CASE("session on the device: what a sampler draws from the likeliest tokens is what it draws from all logits") {
+  for (int vocab : {197, 700}) {  // fewer than the device's 256, and more
+    TinySpec spec;
+    spec.n_vocab = vocab;
+    const TinyModel tiny(spec);
+    ModelOptions options;
+    options.path = tiny.path();
+    options.threads = 1;
+    options.device = "cuda";
+    const Model gpu(options);
+    const std::vector<int32_t> prompt = {5, 9, 100, 33, 7};
+    int decided = 0, drawn = 0;
+    for (int i = 0; i < 24; i += vocab < kDeviceTop ? 5 : 1) {
+      SamplerOptions sampling;
+      sampling.temperature = 0.9f;
+      sampling.seed = 100 + i;
+      sampling.top_k = i % 3 == 0 ? 0 : i % 3 == 1 ? 7 : 40;
+      sampling.top_p = i / 3 % 2 ? 0.7f : 1.0f;
+      sampling.min_p = i / 6 % 2 ? 0.1f : 0.0f;
+      sampling.repeat_penalty = i / 12 ? 1.3f : 1.0f;
+      Sampler from_top(sampling), from_all(sampling);
+      Session session(gpu, 64);
+      session.eval(prompt.data(), 5);
+      session.eval(prompt.data(), 1);
+      for (int step = 0; step < 2; step++, drawn++) {
+#ifdef SR_CUDA_EMULATED
+        const long long launches = sr_emu::launches, copies = sr_emu::copied;
+#endif
+        const int32_t token = session.sample(&from_top);  // accepts
+#ifdef SR_CUDA_EMULATED
+        // find_top is four kernels, and none where the options want all logits; 256 tokens are less than all of 700.
+        const bool asked = from_top.may_sample_top(std::min(vocab, kDeviceTop));
+        CHECK_EQ(sr_emu::launches - launches, asked ? 4LL : 0LL);
+        const long long copied = sr_emu::copied - copies, all = vocab * (long long)sizeof(float);
+        const long long top = sizeof(cuda::Top);
+        CHECK(copied == (asked ? top : 0) || copied == (asked ? top : 0) + all);
+        decided += copied == top;
+#else
+        decided++;
+#endif
+        CHECK_EQ(token, from_all.sample(session.logits(), session.n_vocab()));
+        from_all.accept(token);
+        session.eval(&token, 1);
+      }
+    }
+    CHECK(2 * decided > drawn);
+  }
+}
+
+#ifdef SR_CUDA_EMULATED
+TEST_CASE("a thread that has chosen another GPU gets the first one's results, and has its own again afterwards") {
+  const TinySpec spec;
+  const TinyModel tiny(spec);
+  ModelOptions options;
+  options.path = tiny.path();
+  options.threads = 1;
+  options.device = "cuda";
+  const std::vector<int32_t> prompt = {5, 9, 100, 33, 7};
+  const auto tokens = [&](const Model& model) {
+    SamplerOptions sampling;
+    sampling.seed = 3;
+    Sampler sampler(sampling);
+    Session session(model, 64);
+    session.eval(prompt.data(), 5);
+    std::vector<int32_t> ids;
+    for (int i = 0; i < 6; i++) ids.push_back(session.step(&sampler));
+    CHECK(session.logits()[0] == session.logits()[0]);
+    return ids;
+  };
+  sr_emu::faults.devices = 2;
+  std::unique_ptr<Model> here(new Model(options)), there;
+  const auto wanted = tokens(*here);
+  std::thread other([&] {
+    CHECK_EQ(int(cudaSetDevice(1)), int(cudaSuccess));
+    CHECK_EQ(device_problem(), std::string());
+    CHECK(device_info().devices == 2);
+    CHECK(tokens(*here) == wanted);
+    there.reset(new Model(options));
+    CHECK(tokens(*there) == wanted);
+    CHECK_EQ(sr_emu::elsewhere, size_t(0));
+    here.reset();
+    options.device_memory = 1;
+    CHECK_THROWS(Model(options), Error, "is too small on");  // what fails gives the device back too
+    int device = -1;
+    cudaGetDevice(&device);
+    CHECK_EQ(device, 1);
+  });
+  other.join();
+  CHECK(tokens(*there) == wanted);  // and it was made there
+  there.reset();
+  CHECK_EQ(sr_emu::allocated, size_t(0));
+  CHECK_EQ(int(cudaGetLastError()), int(cudaSuccess));
+  sr_emu::faults = {};
+}
+#endif
 
 TEST_CASE("device decoder: fixed sets of neurons are refused by name") {
   const TinySpec spec;

@@ -40,7 +40,7 @@ void in_every_order(Fn fn) {
     sr_emu::set_order(order, 7);
     fn();
   }
-  sr_emu::set_order(sr_emu::Order::forward);
+  sr_emu::reset_order();
 #else
   fn();
 #endif

@@ -96,7 +96,7 @@ __device__ __forceinline__ void after_previous() {
 template <class T>
 __device__ __forceinline__ T fresh(const T* p) {
 #ifdef SR_CUDA_EMULATED
-  sr_emu::check_aligned(p);
+  sr_emu::check_load(p);
 #endif
   return *p;
 }

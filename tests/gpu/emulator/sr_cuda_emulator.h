@@ -1,9 +1,10 @@
 // A GPU made of fibers: enough of CUDA's language and runtime to run the sources of cpp/kernels/cuda and cpp/cuda on a
 // host without one. Every thread of a block is a fiber; it runs until it meets a barrier or a warp operation. Checked
 // on the way: threads that leave a barrier or a warp behind, warp operations that differ within a warp, wrong launch
-// sizes. Shared and device memory begin as NaN. The order in which threads and blocks run can be turned round or
-// shuffled (sr_emu::set_order): code that lacks a barrier then gives other results. What this cannot show: speed, and
-// the order in which real hardware makes one thread's writes visible to another.
+// sizes. Shared, device and pinned memory begin as NaN; a page that nobody may touch follows every allocation, and the
+// host may not touch device memory at all. The order in which threads and blocks run can be turned round or shuffled
+// (sr_emu::set_order, SR_EMU_ORDER): code that lacks a barrier then gives other results. What this cannot show: speed,
+// and the order in which real hardware makes one thread's writes visible to another.
 #pragma once
 
 #include <algorithm>
@@ -74,6 +75,7 @@ extern Place here;
 // Order in which a block's threads, and a grid's blocks, take their turns.
 enum class Order { forward, backward, shuffled };
 void set_order(Order order, unsigned seed = 1);
+void reset_order();  // to what SR_EMU_ORDER says, else forward
 
 void* shared(const void* tag, size_t bytes);
 unsigned char* dynamic_shared();
@@ -81,6 +83,9 @@ void barrier(const char* what);
 // Waits until the 32 threads of the warp have called with the same `what`; each then sees all their values.
 const uint64_t* warp_exchange(const char* what, uint64_t mine);
 [[noreturn]] void broken(const char* what);
+bool in_kernel();
+void poison(void* p, size_t bytes);
+extern uintptr_t device_begin, device_end;  // of all device memory
 
 void run_grid(const char* name, dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
 // Runs now, or is put down in the graph that the stream captures.
@@ -99,10 +104,12 @@ T from_bits(uint64_t u) {
   std::memcpy(&v, &u, sizeof v);
   return v;
 }
-// Loads of 8 and 16 bytes fault on a GPU where their address is not a multiple of that.
+// Loads fault on a GPU where their address is not a multiple of their size, or the host's.
 template <class T>
-void check_aligned(const T* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) broken("a load that is not aligned to its size");
+void check_load(const T* p) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+  if (at % sizeof(T)) broken("a load that is not aligned to its size");
+  if (at < device_begin || at >= device_end) broken("a load of what is no device memory");
 }
 // A thread says that what earlier kernels wrote may be used now; one that ends without having said so is an error.
 void after_previous();
@@ -172,12 +179,12 @@ inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
 template <class T>
 T __ldg(const T* p) {
-  sr_emu::check_aligned(p);
+  sr_emu::check_load(p);
   return *p;
 }
 template <class T>
 T __ldcg(const T* p) {
-  sr_emu::check_aligned(p);
+  sr_emu::check_load(p);
   return *p;
 }
 inline int __dp4a(int a, int b, int c) {
@@ -256,9 +263,27 @@ inline void store_matrix_sync(int* p, const fragment<accumulator, 16, 16, 16, in
 
 // ---- runtime
 
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1, cudaErrorNoDevice = 100,
-                   cudaErrorInsufficientDriver = 35, cudaErrorNoKernelImageForDevice = 209,
-                   cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorDevicesUnavailable = 46,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidKernelImage = 200,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorJitCompilationDisabled = 223,
+  cudaErrorInvalidResourceHandle = 400,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorSystemNotReady = 802,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 
@@ -279,18 +304,22 @@ struct Faults {
   int fail_launch_after = -1;  // launches that still succeed; -1: all
   int fail_copy_after = -1;    // copies, of those that run in a stream or a graph
   bool failed = false;         // every later call reports the failure, as a broken context does
-  bool no_image = false;       // the program's machine code is for other GPUs
+  cudaError_t code = cudaSuccess;   // what loading a kernel gives
+  cudaError_t count = cudaSuccess;  // what asking for devices gives
   int capability = 75;
+  int ptx = 0;                 // that the loaded code was compiled for, before it was translated; 0: this GPU
   int driver = 12080;          // the newest CUDA that it knows; 0: there is none
 };
 extern Faults faults;
-extern size_t allocated;       // bytes
+extern size_t allocated, elsewhere;     // bytes; of these, those that are not on the first device
 extern long long launches, overlapped;  // of kernels; of these, those that were allowed to start early
+extern long long copied;                // bytes, by copies that ran in a stream
 extern size_t behind_wait;              // the least work in a stream behind an event that the host waited for
 
 template <class... P>
 cudaError_t launch(const char* name, bool overlap, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                    Stream* stream, P... args) {
+  static_assert((size_t(0) + ... + sizeof(P)) <= 4096, "what a kernel takes at most");
   if (faults.failed) return cudaErrorLaunchFailure;
   overlapped += overlap;
   const std::tuple<P...> pack(args...);
@@ -312,6 +341,7 @@ struct cudaDeviceProp {
 
 const char* cudaGetErrorString(cudaError_t e);
 cudaError_t cudaGetDeviceCount(int* n);
+cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device);
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total);
