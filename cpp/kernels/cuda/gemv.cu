@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kRedRows = 256;  // floats of one warp's results
 constexpr int kWarps = 8;      // of a block
+constexpr int kResident = 3;   // blocks on a multiprocessor: 85 registers a thread, and what plan_gemv counts with
 
 struct GemvArgs {
   Matrix w;
@@ -182,7 +183,7 @@ __device__ __forceinline__ void product_float(const Part& m, const float* x, int
   }
 }
 
-__global__ void __launch_bounds__(kWarps * 32, 3) gemv_kernel(const GemvArgs a) {
+__global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const GemvArgs a) {
   SR_SHARED(float, red, kWarps * kRedRows);
   SR_SHARED(int, last, 1);
   int p = 0;
@@ -258,7 +259,6 @@ __global__ void __launch_bounds__(kWarps * 32, 3) gemv_kernel(const GemvArgs a) 
 }  // namespace
 
 namespace {
-constexpr int kResident = 3;   // blocks of 8 warps on a multiprocessor
 constexpr int kMostSplits = 32;
 // Splits beyond those that fill the device once: for few multiprocessors, where blocks come in waves anyway.
 constexpr int kMoreSplits = 3;
@@ -272,8 +272,9 @@ GemvPlan plan_gemv(const Matrix& w, int multiprocessors) {
   int most = w.slabs / kWarps;  // a warp keeps a slab of its own
   most = most < full + kMoreSplits ? most : full + kMoreSplits;
   most = most < kMostSplits ? most : kMostSplits;
+  most = most > 1 ? most : 1;
   long long least = 0;
-  for (int splits = 1; splits <= most || splits == 1; splits++) {
+  for (int splits = 1; splits <= most; splits++) {
     const long long waves = (w.groups * splits + resident - 1) / resident;
     const long long slabs = (w.slabs + kWarps * splits - 1) / (kWarps * splits), cost = waves * (2 * slabs + 1);
     if (splits > 1 && cost >= least) continue;

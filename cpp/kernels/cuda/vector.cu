@@ -72,12 +72,13 @@ __global__ void __launch_bounds__(128) rope_kernel(const RopeArgs a) {
 }
 
 // The sum of v over the block, in every thread. The order is fixed. One warp adds the warps' sums: most GPUs compute
-// doubles at a 64th of the rate of floats, and 1024 threads that each add 32 take longer than the rest of a norm.
+// doubles at a 64th of the rate of floats, and 1024 threads that each add 32 take longer than the rest of a norm. Calls
+// may follow each other: part[0 .. 31] of an earlier one were read before its second barrier, which all have left, and
+// part[32] is written after the first barrier of this one, where nobody comes who has yet to read the earlier sum.
 __device__ double block_sum(double v) {
   SR_SHARED(double, part, 33);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warps = int(blockDim.x) / 32;
   v = warp_sum(v);
-  __syncthreads();  // part may still be read from an earlier call
   if (lane == 0) part[warp] = v;
   __syncthreads();
   if (warp == 0) {
