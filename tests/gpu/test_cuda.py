@@ -270,6 +270,18 @@ def test_the_script_for_a_gpu_works_to_its_end_where_it_is_rehearsed(
     assert done.returncode == 2 and "no part 'paint'" in done.stderr
 
 
+def test_the_benchmark_goes_on_where_a_second_model_has_no_room(tmp_path: Path, need: Callable[[str], NoReturn]) -> None:
+    try:
+        folder = build(ROOT)
+    except BuildUnavailable as error:
+        need(str(error))
+    command, small = [str(folder / "gpu_bench"), "0", str(tmp_path)], {**os.environ, "SR_EMU_MEMORY": "6000000"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=small)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert done.stdout.count(": no room on the GPU for a second model beside the first, not measured\n") == 4, done.stdout
+    assert "(target 2x)" in done.stdout and "DIFFER" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("sanitizer", "line", "status"),
     [
