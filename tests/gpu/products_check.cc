@@ -183,7 +183,7 @@ TEST_CASE("rows of neurons: bit-equal to generic, all or a list, gate and up or 
   std::mt19937 rng = fresh(6);
   for (const Layout& l : kLayouts)
     for (bool gated : {true, false}) {
-      const int neurons = 70, cols = gated ? 1088 : 96;  // two full stripes and a part of one; less than one
+      const int neurons = 70, cols = gated ? 2624 : 96;  // five full stripes and a part of one; less than one
       NeuronMatrix m;
       m.kind = l.kind;
       m.group = l.group;

@@ -134,7 +134,7 @@ fi
 
 if part profile; then
   # What each kernel of a decoded token takes, one after the other: two layers of the shape, without graphs.
-  kernels='regex:gemv|prepare|heads|attend|merge|activate'
+  kernels='regex:gemv|rows|prepare|heads|attend|merge|activate'
   metrics=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__grid_size
   if [ $rehearse = 1 ]; then

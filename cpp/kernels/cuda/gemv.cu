@@ -26,8 +26,8 @@ struct GemvArgs {
 struct Halves4 {
   float f[4];
 };
-__device__ __forceinline__ Halves4 load_halves(const uint8_t* p) {
-  const uint2 u = __ldg(reinterpret_cast<const uint2*>(p));
+__device__ __forceinline__ uint2 load_halves(const uint8_t* p) { return __ldg(reinterpret_cast<const uint2*>(p)); }
+__device__ __forceinline__ Halves4 floats_of(uint2 u) {
   return {{from_half(uint16_t(u.x & 0xffff)), from_half(uint16_t(u.x >> 16)), from_half(uint16_t(u.y & 0xffff)),
            from_half(uint16_t(u.y >> 16))}};
 }
@@ -89,25 +89,45 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
   for (int s = begin; s < m.slabs; s += step) {
     const uint8_t* slab = place.panel + size_t(s) * place.slab_bytes;
     const float x_scale = fresh(x.scale + s);
-    const int sums[2] = {fresh(x.sum + 2 * s), fresh(x.sum + 2 * s + 1)};
+    const int2 both = fresh(reinterpret_cast<const int2*>(x.sum) + s);
+    const int sums[2] = {both.x, both.y};
     int counts[2] = {16, 16};
     if (kList) {
-      counts[0] = fresh(x.count + 2 * s);
-      counts[1] = fresh(x.count + 2 * s + 1);
-      if (counts[0] + counts[1] == 0) continue;
+      const unsigned n = fresh(reinterpret_cast<const uint16_t*>(x.count) + s);
+      counts[0] = int(n & 255);
+      counts[1] = int(n >> 8);
+      if (n == 0) continue;
     }
     int acc[4 * kSets];
 #pragma unroll
     for (int r = 0; r < 4 * kSets; r++) acc[r] = 0;
     for (int half = 0; half < 2; half++) {
+      if (kList && parts == 2 && counts[half] == 0) continue;
       const int quads = kList ? (counts[half] + 3) / 4 : 4;
-      const unsigned* xs = reinterpret_cast<const unsigned*>((kList ? x.listed : x.q) + 32 * s + 16 * half);
-      const unsigned* cs = kList ? reinterpret_cast<const unsigned*>(x.cols + 32 * s + 16 * half) : nullptr;
+      // Inputs and scales are asked for before the columns, and with few loads: behind the branches of a list each
+      // would add its own way from memory. Of a list the whole 16 places are read, of which `quads` are looked at.
+      const uint4 x4 = fresh(reinterpret_cast<const uint4*>((kList ? x.listed : x.q) + 32 * s) + half);
+      const unsigned xs[4] = {x4.x, x4.y, x4.z, x4.w};
+      uint4 c4 = {0, 0, 0, 0};
+      if (kList) c4 = fresh(reinterpret_cast<const uint4*>(x.cols + 32 * s) + half);
+      const unsigned cs[4] = {c4.x, c4.y, c4.z, c4.w};
+      const bool ends = half == 1 || parts == 2;  // a scale group
+      const int p = parts == 1 ? 0 : half;
+      uint2 scales[kSets] = {}, lows[kSets] = {};
+      const auto load_scales = [&] {
+#pragma unroll
+        for (int set = 0; set < kSets; set++) {
+          const unsigned at_row = unsigned(p * R + row + at * 4 + 32 * set);
+          scales[set] = load_halves(slab + 2 * at_row);
+          if (m.has_min) lows[set] = load_halves(slab + minima + 2 * at_row);
+        }
+      };
+      if (kList && ends) load_scales();
       unsigned word[16];
 #pragma unroll
       for (int quad = 0; quad < 4; quad++) {
         if (quad < quads) {
-          const unsigned c = kList ? fresh(cs + quad) : 0x03020100u + 0x04040404u * unsigned(quad + 4 * half);
+          const unsigned c = kList ? cs[quad] : 0x03020100u + 0x04040404u * unsigned(quad + 4 * half);
 #pragma unroll
           for (int i = 0; i < 4; i++)
             word[4 * quad + i] = __ldg(reinterpret_cast<const unsigned*>(slab + (column + (c >> 8 * i & 255) * run)));
@@ -117,7 +137,7 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
       for (int quad = 0; quad < 4; quad++) {
         if (quad < quads) {
           const unsigned* w = word + 4 * quad;
-          const int xv = int(fresh(xs + quad));
+          const int xv = int(xs[quad]);
           // Four columns of four rows, turned: t[k] holds row k of the four columns.
           const unsigned a = __byte_perm(w[0], w[1], 0x5140), b = __byte_perm(w[2], w[3], 0x5140);
           const unsigned c = __byte_perm(w[0], w[1], 0x7362), d = __byte_perm(w[2], w[3], 0x7362);
@@ -134,18 +154,14 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
           }
         }
       }
-      if (half == 0 && parts == 1) continue;
-      // The end of a scale group. Low nibbles were summed without their bias of 8, high ones 16-fold.
-      const int p = parts == 1 ? 0 : half;
+      if (!ends) continue;
+      if (!kList) load_scales();
+      // Low nibbles were summed without their bias of 8, high ones 16-fold.
       const int x_sum = parts == 1 ? sums[0] + sums[1] : sums[half];
-      if (kList && parts == 2 && counts[half] == 0) continue;
       const float x_total = __fmul_rn(x_scale, float(x_sum));
 #pragma unroll
       for (int set = 0; set < kSets; set++) {
-        const unsigned at_row = unsigned(p * R + row + at * 4 + 32 * set);
-        const Halves4 scale = load_halves(slab + 2 * at_row);
-        Halves4 low = {{0, 0, 0, 0}};
-        if (m.has_min) low = load_halves(slab + minima + 2 * at_row);
+        const Halves4 scale = floats_of(scales[set]), low = floats_of(lows[set]);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           const int raw = acc[4 * set + k];

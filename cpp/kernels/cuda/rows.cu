@@ -19,61 +19,90 @@ struct RowsArgs {
   float* up;
 };
 
-// Word v, lane l of the input's stripe in the order of RowVector: inputs 32 l + 4 v .. + 3, which lie together anyway.
-__device__ __forceinline__ int input_word(const Vectors& x, int slab, int v) {
-  return int(fresh(reinterpret_cast<const unsigned*>(x.q + 32 * size_t(slab)) + v));
-}
 __device__ __forceinline__ float half_at(const uint8_t* p, size_t i) {
   return from_half(__ldg(reinterpret_cast<const uint16_t*>(p) + i));
 }
 
-__device__ __forceinline__ float dot_quantised(const Neurons& w, const Vectors& x, const uint8_t* row, int l) {
-  const int bytes = w.kind == WeightKind::q8, parts = 32 / w.group;
-  const int low_lane = bytes ? 32 : 16, high_lane = w.kind == WeightKind::q5 ? 4 : w.kind == WeightKind::q6 ? 8 : 0;
-  const int bias = code_bias(w.kind);
-  float y = 0;
-  for (int stripe = 0; stripe * kRowLanes < w.slabs; stripe++) {
-    const int slab = stripe * kRowLanes + l, lanes = min(kRowLanes, w.slabs - stripe * kRowLanes);
-    if (slab >= w.slabs) break;
-    const unsigned* low = reinterpret_cast<const unsigned*>(row + size_t(stripe) * kRowLanes * low_lane) + l;
-    const unsigned* high = reinterpret_cast<const unsigned*>(row + w.high + size_t(stripe) * kRowLanes * high_lane) + l;
-    int sum[2] = {0, 0};
-    if (bytes) {
-      unsigned word[8];
+// Lane l's slab of a stripe of up to 16; lanes: how many there are. The inputs of a slab lie together, in the order of
+// the codes.
+template <bool kBytes, int kHighLane>
+struct StripeSlab {
+  static constexpr int kWords = kBytes ? 8 : 4;
+  unsigned word[kWords], top[2] = {};
+  float scale[2] = {}, low[2] = {};
+
+  // What comes from memory, and depends on nothing.
+  __device__ __forceinline__ void fetch(const Neurons& w, const uint8_t* row, int stripe, int lanes, int l) {
+    const size_t before = size_t(stripe) * kRowLanes;
+    const unsigned* codes = reinterpret_cast<const unsigned*>(row + before * (kBytes ? 32 : 16)) + l;
+    const unsigned* high = reinterpret_cast<const unsigned*>(row + w.high + before * kHighLane) + l;
 #pragma unroll
-      for (int v = 0; v < 8; v++) word[v] = __ldg(low + v * lanes);
-#pragma unroll
-      for (int v = 0; v < 8; v++) sum[v / 4] = __dp4a(int(word[v] ^ 0x80808080u), input_word(x, slab, v), sum[v / 4]);
-    } else {
-      unsigned word[4], top[2] = {0, 0};
-#pragma unroll
-      for (int c = 0; c < 4; c++) word[c] = __ldg(low + c * lanes);
-      if (high_lane) top[0] = __ldg(high);
-      if (high_lane == 8) top[1] = __ldg(high + lanes);
-#pragma unroll
-      for (int v = 0; v < 8; v++) {
-        unsigned u = word[v % 4] >> (v / 4 * 4) & 0x0f0f0f0fu;
-        if (high_lane == 4) u |= (top[0] >> v & 0x01010101u) << 4;
-        if (high_lane == 8) u |= (top[v / 4] >> (v % 4 * 2) & 0x03030303u) << 4;
-        sum[v / 4] = __dp4a(int(u), input_word(x, slab, v), sum[v / 4]);
-      }
-    }
+    for (int v = 0; v < kWords; v++) word[v] = __ldg(codes + v * lanes);
+    if (kHighLane) top[0] = __ldg(high);
+    if (kHighLane == 8) top[1] = __ldg(high + lanes);
+    const bool two = w.group == 16;
+    const size_t at = before * (two ? 2 : 1) + size_t(l);
+    scale[0] = half_at(row + w.scale, at);
+    if (two) scale[1] = half_at(row + w.scale, at + lanes);
+    if (w.has_min) low[0] = half_at(row + w.min, at);
+    if (w.has_min && two) low[1] = half_at(row + w.min, at + lanes);
+  }
+
+  __device__ __forceinline__ float add(const Neurons& w, const Vectors& x, int slab, float y) const {
+    const int parts = 32 / w.group, bias = code_bias(w.kind);
+    const uint4* inputs = reinterpret_cast<const uint4*>(x.q + 32 * size_t(slab));
+    const uint4 first = fresh(inputs), second = fresh(inputs + 1);
+    const unsigned in[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
     const float x_scale = fresh(x.scale + slab);
-    const int xs[2] = {fresh(x.sum + 2 * slab), fresh(x.sum + 2 * slab + 1)};
+    const int2 both = fresh(reinterpret_cast<const int2*>(x.sum) + slab);
+    int sum[2] = {0, 0};
+#pragma unroll
+    for (int v = 0; v < 8; v++) {
+      unsigned u;
+      if (kBytes) {
+        u = word[v % kWords] ^ 0x80808080u;
+      } else {
+        u = word[v % 4] >> (v / 4 * 4) & 0x0f0f0f0fu;
+        if (kHighLane == 4) u |= (top[0] >> v & 0x01010101u) << 4;
+        if (kHighLane == 8) u |= (top[v / 4] >> (v % 4 * 2) & 0x03030303u) << 4;
+      }
+      sum[v / 4] = __dp4a(int(u), int(in[v]), sum[v / 4]);
+    }
 #pragma unroll
     for (int p = 0; p < 2; p++) {
       if (p >= parts) break;
-      const int x_sum = parts == 1 ? xs[0] + xs[1] : xs[p];
+      const int x_sum = parts == 1 ? both.x + both.y : p ? both.y : both.x;
       int total = parts == 1 ? sum[0] + sum[1] : sum[p];
-      if (!bytes) total -= bias * x_sum;  // codes went in without their bias
-      const size_t at = size_t(stripe) * kRowLanes * parts + size_t(p * lanes + l);
-      const float scale = half_at(row + w.scale, at);
-      y = fmaf(__fmul_rn(float(total), scale), x_scale, y);
-      if (w.has_min) {
-        const float low_end = fmaf(scale, float(bias), half_at(row + w.min, at));
-        y = fmaf(low_end, __fmul_rn(x_scale, float(x_sum)), y);
-      }
+      if (!kBytes) total -= bias * x_sum;  // codes went in without their bias
+      y = fmaf(__fmul_rn(float(total), scale[p]), x_scale, y);
+      if (w.has_min) y = fmaf(fmaf(scale[p], float(bias), low[p]), __fmul_rn(x_scale, float(x_sum)), y);
     }
+    return y;
+  }
+};
+
+// Of a list, several whole stripes are on their way at once: few neurons have too few warps to hide the way of one after
+// the other. Of all neurons, many warps that need few registers hide it. Stripes are added in their order.
+template <bool kBytes, int kHighLane, bool kList>
+__device__ __forceinline__ float dot_quantised(const Neurons& w, const Vectors& x, const uint8_t* row, int l) {
+  constexpr int kAhead = !kList ? 1 : kBytes ? 2 : 4;
+  const int whole = w.slabs / kRowLanes, rest = w.slabs % kRowLanes;
+  StripeSlab<kBytes, kHighLane> slab[kAhead];
+  float y = 0;
+  int stripe = 0;
+  for (; stripe + kAhead <= whole; stripe += kAhead) {
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) slab[i].fetch(w, row, stripe + i, kRowLanes, l);
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) y = slab[i].add(w, x, (stripe + i) * kRowLanes + l, y);
+  }
+  for (; kAhead > 1 && stripe < whole; stripe++) {
+    slab[0].fetch(w, row, stripe, kRowLanes, l);
+    y = slab[0].add(w, x, stripe * kRowLanes + l, y);
+  }
+  if (l < rest) {
+    slab[0].fetch(w, row, whole, rest, l);
+    y = slab[0].add(w, x, whole * kRowLanes + l, y);
   }
   return y;
 }
@@ -93,23 +122,30 @@ __device__ __forceinline__ float dot_float(const Neurons& w, const Vectors& x, c
   return y;
 }
 
-__global__ void __launch_bounds__(kWarps * 32) rows_kernel(const RowsArgs a) {
+template <bool kList>
+__global__ void __launch_bounds__(kWarps * 32, kList ? 2 : 4) rows_kernel(const RowsArgs a) {
   after_previous();
   const int lane = int(threadIdx.x) % 32, l = lane % kRowLanes, second = lane / kRowLanes;
   const int warp = int(blockIdx.x) * kWarps + int(threadIdx.x) / 32, warps = int(gridDim.x) * kWarps;
-  const int n = a.ids ? *a.count : a.w.neurons;
+  const int n = kList ? *a.count : a.w.neurons;
   const bool both = a.gate && a.up;
   // Half a warp makes the gate row, the other half the up row of a neuron; with one of them wanted, two neurons.
   const int each = both ? 1 : 2;
   for (int k = warp * each; k < n; k += warps * each) {
     const int mine = both ? k : k + second;
     const bool work = mine < n;
-    const int id = work ? (a.ids ? fresh(a.ids + mine) : mine) : 0;
+    const int id = !work ? 0 : kList ? fresh(a.ids + mine) : mine;
     const bool up = both ? second == 1 : a.up != nullptr;
     float y = 0;
     if (work) {
       const uint8_t* row = a.w.row(id, up);
-      y = is_quantised(a.w.kind) ? dot_quantised(a.w, a.x, row, l) : dot_float(a.w, a.x, row, l);
+      switch (a.w.kind) {
+        case WeightKind::q4: y = dot_quantised<false, 0, kList>(a.w, a.x, row, l); break;
+        case WeightKind::q5: y = dot_quantised<false, 4, kList>(a.w, a.x, row, l); break;
+        case WeightKind::q6: y = dot_quantised<false, 8, kList>(a.w, a.x, row, l); break;
+        case WeightKind::q8: y = dot_quantised<true, 0, kList>(a.w, a.x, row, l); break;
+        default: y = dot_float(a.w, a.x, row, l);
+      }
     }
     for (int step = kRowLanes / 2; step > 0; step /= 2) y += __shfl_xor_sync(kFullWarp, y, step);
     if (work && l == 0) (up ? a.up : a.gate)[id] = a.w.add ? y + a.w.add[a.w.add_at(id, up)] : y;
@@ -149,20 +185,27 @@ __global__ void __launch_bounds__(1024) survive_kernel(const SurviveArgs a) {
   }
 }
 
+template <bool kList>
+void launch_rows(cudaStream_t s, const RowsArgs& a, int multiprocessors) {
+  const int each = a.gate && a.up ? kWarps : 2 * kWarps;
+  // As many as are resident at once: warps take neurons in turn, and a second wave of blocks would be a thin one.
+  static const int resident = [] {
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, rows_kernel<kList>, kWarps * 32, 0), "rows");
+    return blocks > 0 ? blocks : 1;
+  }();
+  const int all = (a.w.neurons + each - 1) / each, most = resident * multiprocessors;
+  launch(kList ? "rows of a list" : "rows", rows_kernel<kList>, dim3(unsigned(all < most ? all : most)),
+         dim3(kWarps * 32), 0, s, a);
+}
+
 }  // namespace
 
 void rows(cudaStream_t s, const Neurons& w, const Vectors& x, const int* ids, const int* count, float* gate, float* up,
           int multiprocessors) {
   const RowsArgs a = {w, x, ids, count, gate, up};
-  const int each = gate && up ? kWarps : 2 * kWarps;
-  // As many as are resident at once: warps take neurons in turn, and a second wave of blocks would be a thin one.
-  static const int resident = [] {
-    int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, rows_kernel, kWarps * 32, 0), "rows");
-    return blocks > 0 ? blocks : 1;
-  }();
-  const int all = (w.neurons + each - 1) / each, most = resident * multiprocessors;
-  launch("rows", rows_kernel, dim3(unsigned(all < most ? all : most)), dim3(kWarps * 32), 0, s, a);
+  if (ids) launch_rows<true>(s, a, multiprocessors);
+  else launch_rows<false>(s, a, multiprocessors);
 }
 
 void survivors(cudaStream_t s, const SurviveArgs& a) {

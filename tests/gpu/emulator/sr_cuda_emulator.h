@@ -41,6 +41,9 @@ struct uint3 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
