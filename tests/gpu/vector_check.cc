@@ -308,33 +308,34 @@ TEST_CASE("activations: every kind, gated or not, cut, and with a ReLU on up") {
 TEST_CASE("neurons that survive: activated in place, listed in order, the others 0") {
   cuda::Stream s;
   std::mt19937 rng = fresh(17);
-  const int n = 2500;
-  const auto gate = random_vector(size_t(n), rng);
-  std::vector<float> threshold(static_cast<size_t>(n));
-  for (auto& t : threshold) t = 0.01f * float(rng() % 80);
-  const auto thresholds = on_device(threshold);
-  const auto step = step_at(5);
-  for (bool planned : {false, true})
-    in_every_order([&] {
-      const auto g = on_device(gate);
-      const auto ids = on_device(std::vector<int>(size_t(n), -1)), count = on_device(std::vector<int>{0, 3});
-      const cuda::Mask mask = {planned ? thresholds.data() : nullptr, nullptr, 5, count.data() + 1, 0};
-      cuda::survivors(s, {g.data(), n, planned ? Activation::silu : Activation::relu, 0.0f, mask, step.data(),
-                          ids.data(), count.data()});
-      s.wait("survivors");
-      const auto got = from_device(g.data(), size_t(n));
-      const auto list = from_device(ids.data(), size_t(n)), counted = from_device(count.data(), 2);
-      int k = 0;
-      for (int i = 0; i < n; i++) {
-        float want;
-        generic().activate(planned ? Activation::silu : Activation::relu, &gate[size_t(i)], nullptr, 1, &want);
-        const bool keep = std::fabs(want) > (planned ? threshold[size_t(i)] : 0.0f);
-        CHECK_NEAR(got[size_t(i)], keep ? want : 0.0f, kClose);
-        if (keep) CHECK_EQ(list[size_t(k++)], i);
-      }
-      CHECK_EQ(counted[0], k);
-      CHECK_EQ(counted[1], k + 3);
-    });
+  for (int n : {2500, 17000}) {  // of which a block takes 16384 at a time
+    const auto gate = random_vector(size_t(n), rng);
+    std::vector<float> threshold(static_cast<size_t>(n));
+    for (auto& t : threshold) t = 0.01f * float(rng() % 80);
+    const auto thresholds = on_device(threshold);
+    const auto step = step_at(5);
+    for (bool planned : {false, true})
+      in_every_order([&] {
+        const auto g = on_device(gate);
+        const auto ids = on_device(std::vector<int>(size_t(n), -1)), count = on_device(std::vector<int>{0, 3});
+        const cuda::Mask mask = {planned ? thresholds.data() : nullptr, nullptr, 5, count.data() + 1, 0};
+        cuda::survivors(s, {g.data(), n, planned ? Activation::silu : Activation::relu, 0.0f, mask, step.data(),
+                            ids.data(), count.data()});
+        s.wait("survivors");
+        const auto got = from_device(g.data(), size_t(n));
+        const auto list = from_device(ids.data(), size_t(n)), counted = from_device(count.data(), 2);
+        int k = 0;
+        for (int i = 0; i < n; i++) {
+          float want;
+          generic().activate(planned ? Activation::silu : Activation::relu, &gate[size_t(i)], nullptr, 1, &want);
+          const bool keep = std::fabs(want) > (planned ? threshold[size_t(i)] : 0.0f);
+          CHECK_NEAR(got[size_t(i)], keep ? want : 0.0f, kClose);
+          if (keep) CHECK_EQ(list[size_t(k++)], i);
+        }
+        CHECK_EQ(counted[0], k);
+        CHECK_EQ(counted[1], k + 3);
+      });
+  }
 }
 
 TEST_CASE("logits: scaled, capped and checked; the most likely token is the first of the largest") {

@@ -207,6 +207,8 @@ __global__ void __launch_bounds__(128) merge_kernel(const MergeKernelArgs args) 
   const MergeArgs& a = args.a;
   const int row = int(blockIdx.y), i = int(blockIdx.x) * 128 + int(threadIdx.x);
   if (i / 32 * 32 >= a.out.padded) return;  // whole warps
+  const int pos = a.step->pos;
+  prefetch_threshold(a.out, i, a.mask, pos + row);
   float v = 0;
   if (i < a.out.width) {
     const size_t head = size_t(row) * a.n_heads + i / a.head_dim, stride = size_t(args.n) * a.n_heads;
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(128) merge_kernel(const MergeKernelArgs args) 
     }
     v *= 1.0f / sum;
   }
-  emit(a.out, row, i, v, a.quantise, a.mask, a.step->pos);
+  emit(a.out, row, i, v, a.quantise, a.mask, pos);
 }
 
 template <int kRows>

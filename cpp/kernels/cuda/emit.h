@@ -20,6 +20,12 @@ __device__ __forceinline__ float activation(Activation act, float g) {
   }
 }
 
+// Asks for the threshold that emit will look at, while its value is still being made.
+__device__ __forceinline__ void prefetch_threshold(const Vectors& v, int i, const Mask& mask, int pos) {
+  const float* threshold = mask.at(pos);
+  if (threshold && i < v.width) prefetch(threshold + i);
+}
+
 // Value of input i (lane i % 32 of the warp, which holds all of slab i / 32); inputs from width on must be passed too.
 __device__ __forceinline__ void emit(const Vectors& v, int row, int i, float value, int quantise, const Mask& mask,
                                      int pos) {

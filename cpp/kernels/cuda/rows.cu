@@ -81,8 +81,8 @@ struct StripeSlab {
   }
 };
 
-// Of a list, several whole stripes are on their way at once: few neurons have too few warps to hide the way of one after
-// the other. Of all neurons, many warps that need few registers hide it. Stripes are added in their order.
+// Of a list, several whole stripes are on their way at once: few neurons have too few warps to hide the way of one
+// after the other. Of all neurons, many warps that need few registers hide it. Stripes are added in their order.
 template <bool kBytes, int kHighLane, bool kList>
 __device__ __forceinline__ float dot_quantised(const Neurons& w, const Vectors& x, const uint8_t* row, int l) {
   constexpr int kAhead = !kList ? 1 : kBytes ? 2 : 4;
@@ -152,32 +152,59 @@ __global__ void __launch_bounds__(kWarps * 32, kList ? 2 : 4) rows_kernel(const 
   }
 }
 
-// One block: a running offset, so that the list is in order.
+// One block, so that the list is in order. It takes up to 16 turns of 1024 neurons between barriers, and asks memory
+// for four turns at a time: a barrier and a way to memory for every turn would take longer than what the list saves.
+constexpr int kTurns = 16, kTogether = 4;
+
 __global__ void __launch_bounds__(1024) survive_kernel(const SurviveArgs a) {
   after_previous();
-  SR_SHARED(int, warp_count, 32);
+  SR_SHARED(int, before, kTurns * 32);  // [turn, warp]: how many stay, then how many stay in warps before it
+  SR_SHARED(int, of_turn, kTurns);
   const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
   const float* threshold = a.mask.at(a.step->pos);
   int offset = 0;
-  for (int base = 0; base < a.n; base += 1024) {
-    const int i = base + tid;
-    bool on = false;
-    if (i < a.n) {
-      const float g = a.gate[i], v = activation(a.act, a.cut > 0 && g < a.cut ? 0.0f : g);
-      on = !(fabsf(v) <= (threshold ? threshold[i] : 0.0f));
-      a.gate[i] = on ? v : 0.0f;
+  for (int base = 0; base < a.n; base += kTurns * 1024) {
+    const int turns = min(kTurns, (a.n - base + kTogether * 1024 - 1) / (kTogether * 1024) * kTogether);
+    unsigned stay = 0;  // bit t: this thread's neuron of turn t
+    for (int turn = 0; turn < turns; turn += kTogether) {
+      float g[kTogether], cut[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; k++) {
+        const int i = base + (turn + k) * 1024 + tid;
+        g[k] = i < a.n ? a.gate[i] : 0.0f;
+        cut[k] = i < a.n && threshold ? threshold[i] : 0.0f;
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; k++) {
+        const int i = base + (turn + k) * 1024 + tid;
+        const float v = activation(a.act, a.cut > 0 && g[k] < a.cut ? 0.0f : g[k]);
+        const bool on = i < a.n && !(fabsf(v) <= cut[k]);
+        if (i < a.n) a.gate[i] = on ? v : 0.0f;
+        const unsigned mask = __ballot_sync(kFullWarp, on);
+        if (lane == 0) before[(turn + k) * 32 + warp] = __popc(mask);
+        stay |= unsigned(on) << (turn + k);
+      }
     }
-    const unsigned mask = __ballot_sync(kFullWarp, on);
-    if (lane == 0) warp_count[warp] = __popc(mask);
     __syncthreads();
-    int before = 0, total = 0;
-    for (int w = 0; w < 32; w++) {
-      before += w < warp ? warp_count[w] : 0;
-      total += warp_count[w];
+    if (warp < turns) {
+      const int here = before[warp * 32 + lane];
+      int sum = here;
+      for (int step = 1; step < 32; step *= 2) {
+        const int lower = __shfl_up_sync(kFullWarp, sum, unsigned(step));
+        if (lane >= step) sum += lower;
+      }
+      before[warp * 32 + lane] = sum - here;
+      if (lane == 31) of_turn[warp] = sum;
     }
-    if (on) a.ids[offset + before + __popc(mask & ((1u << lane) - 1))] = i;
-    offset += total;
     __syncthreads();
+    for (int turn = 0; turn < turns; turn++) {
+      const bool on = stay >> turn & 1;
+      const unsigned mask = __ballot_sync(kFullWarp, on);
+      const int rank = __popc(mask & ((1u << lane) - 1));
+      if (on) a.ids[offset + before[turn * 32 + warp] + rank] = base + turn * 1024 + tid;
+      offset += of_turn[turn];
+    }
+    __syncthreads();  // before the next ones are counted
   }
   if (tid == 0) {
     *a.count = offset;

@@ -116,9 +116,18 @@ __device__ __forceinline__ float apply_norm(const NormView& norm, const NormFact
   return norm.bias ? __fadd_rn(v, norm.bias[i]) : v;
 }
 
+// Weights of norms and thresholds lie in memory, and are needed only when a sum is ready: asked for ahead, a line each.
+__device__ __forceinline__ void prefetch_floats(const float* p, int n) {
+  for (int i = int(threadIdx.x) * 32; p && i < n; i += int(blockDim.x) * 32) prefetch(p + i);
+}
+
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareArgs a) {
   after_previous();
-  const int row = int(blockIdx.x), tid = int(threadIdx.x), threads = int(blockDim.x), n = a.width;
+  const int row = int(blockIdx.x), tid = int(threadIdx.x), threads = int(blockDim.x), n = a.width, pos = a.step->pos;
+  for (int b = 0; b < 2; b++) prefetch_floats(a.branch[b].post.weight, n);
+  prefetch_floats(a.norm.weight, n);
+  prefetch_floats(a.norm.bias, n);
+  prefetch_floats(a.mask.at(pos + row), n);
   float* x = a.x + size_t(row) * a.ldx;
   // Every thread keeps to its own elements of x, so that no barrier is needed between these loops.
   for (int b = 0; b < 2; b++) {
@@ -133,7 +142,6 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareArgs a) 
   }
   if (!a.out.x) return;
   const NormFactors f = norm_factors(a.norm, n, [&](int i) { return x[i]; });
-  const int pos = a.step->pos;
   for (int i = tid; i < a.out.padded; i += threads) {
     const float v = i < n ? apply_norm(a.norm, f, i, x[i]) : 0.0f;
     emit(a.out, row, i, v, a.quantise, a.mask, pos);
@@ -173,6 +181,8 @@ __global__ void __launch_bounds__(256) activate_kernel(const ActivateArgs a) {
   after_previous();
   const int row = int(blockIdx.y), i = int(blockIdx.x) * 256 + int(threadIdx.x);
   if (i / 32 * 32 >= a.out.padded) return;  // whole warps
+  const int pos = a.step->pos;
+  prefetch_threshold(a.out, i, a.mask, pos + row);
   float v = 0;
   if (i < a.n_ff) {
     float up = 1;
@@ -181,7 +191,7 @@ __global__ void __launch_bounds__(256) activate_kernel(const ActivateArgs a) {
       const float g = *in;
       v = activation(a.act, a.cut > 0 && g < a.cut ? 0.0f : g);
       if (a.gated) up = in[kTileRows];
-      const float* threshold = a.neurons.at(a.step->pos + row);
+      const float* threshold = a.neurons.at(pos + row);
       if (threshold && fabsf(v) <= threshold[i]) v = up = 0;
       else if (threshold && a.neurons.kept) atomicAdd(a.neurons.kept, 1);
     } else {
@@ -191,7 +201,7 @@ __global__ void __launch_bounds__(256) activate_kernel(const ActivateArgs a) {
     if (a.up_relu && up < 0) up = 0;
     if (a.gated) v = __fmul_rn(v, up);
   }
-  emit(a.out, row, i, v, a.quantise, a.mask, a.step->pos);
+  emit(a.out, row, i, v, a.quantise, a.mask, pos);
 }
 
 unsigned row_threads(int width) {

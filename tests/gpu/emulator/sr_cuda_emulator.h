@@ -158,6 +158,12 @@ T __shfl_xor_sync(unsigned mask, T v, int with) {
   return sr_emu::from_bits<T>(
       sr_emu::warp_exchange("__shfl_xor_sync", sr_emu::to_bits(v))[(sr_emu::lane() ^ with) & 31]);
 }
+template <class T>
+T __shfl_up_sync(unsigned mask, T v, unsigned by) {
+  sr_emu::check_mask(mask);
+  const int lane = sr_emu::lane(), from = lane >= int(by) ? lane - int(by) : lane;
+  return sr_emu::from_bits<T>(sr_emu::warp_exchange("__shfl_up_sync", sr_emu::to_bits(v))[from]);
+}
 inline unsigned __ballot_sync(unsigned mask, int v) {
   sr_emu::check_mask(mask);
   const uint64_t* all = sr_emu::warp_exchange("__ballot_sync", v != 0);
