@@ -58,7 +58,8 @@ done
 
 device='emulated, no GPU' compiler='none'
 if [ $rehearse = 0 ]; then
-  device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sed -n 1p)  # sed reads to the end: nothing is cut off
+  # sed reads to the end: a program that is cut off by `head` would have failed.
+  device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sed -n 1p)
   compiler=$("${CUDACXX:-nvcc}" --version | grep -o 'release [0-9.]*')
 fi
 commit=${SPARSE_RUN_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}

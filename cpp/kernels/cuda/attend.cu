@@ -77,6 +77,16 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Args args) {
   const int all_first = first_of(0) / kKeys * kKeys, all_end = last_of(rows - 1) + 1;
   const int each = ((all_end - all_first + a.splits - 1) / a.splits + kKeys - 1) / kKeys * kKeys;
   const int begin = all_first + int(blockIdx.z) * each, end = min(all_end, begin + each);
+  const uint16_t* keys = c.k + size_t(kv) * c.n_ctx * hd;
+  const uint16_t* values = c.v + size_t(kv) * c.n_ctx * hd;
+  // Keys and values of 32 positions are a line of 64 each for every thread; they are asked for a tile ahead.
+  static_assert(kKeys * kMaxHeadDim <= 64 * kThreads, "a line a thread");
+  const auto prefetch_tile = [&](int tile) {
+    if (64 * tid >= (min(end, tile + kKeys) - tile) * hd) return;
+    prefetch(keys + size_t(tile) * hd + 64 * tid);
+    prefetch(values + size_t(tile) * hd + 64 * tid);
+  };
+  prefetch_tile(begin);
 
   for (int i = tid; i < kRows * hd; i += kThreads) {
     const int r = i / hd;
@@ -97,10 +107,9 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Args args) {
   for (int i = 0; i < kDims * kRows; i++) out[i / kRows][i % kRows] = 0;
   __syncthreads();
 
-  const uint16_t* keys = c.k + size_t(kv) * c.n_ctx * hd;
-  const uint16_t* values = c.v + size_t(kv) * c.n_ctx * hd;
   const int my_key = tid / 4, quarter = tid % 4;
   for (int tile = begin; tile < end; tile += kKeys) {
+    prefetch_tile(tile + kKeys);
     // Scores: thread (key, quarter) takes every fourth piece of 8 dimensions, for all rows.
     const int key = tile + my_key;
     const bool real = key < end;
@@ -165,10 +174,13 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Args args) {
       if (d < hd) {
 #pragma unroll
         for (int r = 0; r < kRows; r++) out[i][r] *= factor[r];
-        const int n = min(kKeys, end - tile);
-#pragma unroll 8
-        for (int j = 0; j < n; j++) {
-          const float v = from_half(fresh(values + size_t(tile + j) * hd + d));
+        // All 32: keys beyond the end have the probability 0, and the last value stands for theirs. A shorter loop
+        // would take what is left over from batches one after the other.
+        const uint16_t* column = values + size_t(tile) * hd + d;
+        const int last = end - 1 - tile;
+#pragma unroll(kRows <= 4 ? 16 : 8)
+        for (int j = 0; j < kKeys; j++) {
+          const float v = from_half(fresh(column + min(j, last) * hd));
 #pragma unroll
           for (int r = 0; r < kRows; r++) out[i][r] = fmaf(p[r * (kKeys + kPad) + j], v, out[i][r]);
         }
