@@ -338,6 +338,18 @@ def test_damaged_files_of_a_packed_model_are_named(content: bytes, smollm2_metad
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_ids"])
+@pytest.mark.parametrize("value", [1.5, "</s>", ["</s>"], {}, True, [True], [None]])
+def test_token_ids_of_a_packed_model_that_are_none_are_named(
+    name: str, value: Any, smollm2_metadata: Metadata, tmp_path: Path
+) -> None:
+    built(smollm2_metadata, tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ModelError, match=rf"tokenizer_config.json: damaged \({name}"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_damaged_sentencepiece_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "tokenizer.model").write_bytes(b"\xff" * 100)

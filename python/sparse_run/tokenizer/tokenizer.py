@@ -157,6 +157,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: damaged ({error}); convert the model again") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path}: damaged (not a JSON object); convert the model again")
+    bos, ends = config.get("bos_token_id"), config.get("eos_token_ids")
+    if not (bos is None or type(bos) is int):
+        raise ModelError(f"{path}: damaged (bos_token_id is {bos!r}, no token id); convert the model again")
+    if not (ends is None or (isinstance(ends, list) and all(type(end) is int for end in ends))):
+        raise ModelError(f"{path}: damaged (eos_token_ids is {ends!r}, no list of token ids); convert the model again")
     return config
 
 
