@@ -7,6 +7,11 @@
 #include "kernels/rows.h"
 #include "on_device.h"
 
+#ifdef SR_CUDA_EMULATED
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
 using namespace sr;
 using namespace sr_test;
 
@@ -270,3 +275,78 @@ TEST_CASE("expanding 5 and 6 bits keeps every weight") {
       }
     }
 }
+
+#ifdef SR_CUDA_EMULATED
+namespace {
+
+// Whether fn stops the program, in a process of its own.
+template <class Fn>
+bool stops(Fn fn) {
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    std::freopen("/dev/null", "w", stderr);
+    fn();
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+}
+
+}  // namespace
+
+TEST_CASE("the emulation refuses what a GPU refuses") {
+  const cuda::Stream s;
+  const std::vector<int> numbers(1000, 3);
+  const auto device = on_device(numbers);
+  int* const data = device.data();
+  const auto read = [=](size_t at) {
+    volatile int got = data[at];
+    (void)got;
+  };
+  const auto kernel = [&](size_t at) {
+    sr_emu::submit(s, [=] {
+      sr_emu::run_grid("a test", dim3(1), dim3(32), 0, [=] {
+        sr_emu::after_previous();
+        read(at);
+      });
+    });
+    s.wait("a test");
+  };
+  // Device memory is for kernels, as far as it goes, and for copies.
+  CHECK(stops([&] { read(0); }));
+  CHECK(!stops([&] { kernel(0); }));
+  CHECK(stops([&] { kernel(1024); }));
+  cuda::PinnedBuffer<int> pinned;
+  pinned.reset(numbers.size(), "a test");
+  CHECK_EQ(pinned[0], -1);  // begins as NaN
+  const auto copy = [&](void* to, size_t bytes) { return cudaMemcpyAsync(to, data, bytes, cudaMemcpyDeviceToHost, s); };
+  CHECK_EQ(int(copy(pinned.data(), device.bytes() + 4)), int(cudaErrorInvalidValue));
+  CHECK(stops([&] { copy(std::vector<int>(1000).data(), device.bytes()); }));
+  CHECK_EQ(int(copy(pinned.data(), device.bytes())), int(cudaSuccess));
+  s.wait("a test");
+  CHECK_EQ(pinned[999], 3);
+  for (int what = 0; what < 5; what++) {
+    CHECK_EQ(int(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal)), int(cudaSuccess));
+    void* p = nullptr;
+    const cudaError_t got = what == 0   ? cudaMalloc(&p, 16)
+                            : what == 1 ? cudaFree(data)
+                            : what == 2 ? cudaStreamSynchronize(s)
+                            : what == 3 ? cudaMallocHost(&p, 16)
+                                        : cudaMemcpy(data, numbers.data(), 4, cudaMemcpyHostToDevice);
+    CHECK_EQ(int(got), int(cudaErrorStreamCaptureUnsupported));
+    cudaGraph_t graph = nullptr;
+    CHECK_EQ(int(cudaStreamEndCapture(s, &graph)), int(cudaErrorStreamCaptureInvalidated));
+    CHECK(!graph);
+  }
+  sr_emu::faults.devices = 2;
+  cudaSetDevice(1);
+  CHECK_EQ(sr_emu::submit(s, [] {}), int(cudaErrorInvalidResourceHandle));
+  const cuda::Event elsewhere;
+  CHECK_THROWS(elsewhere.record(s, "a test"), Error, "invalid resource handle");
+  cudaSetDevice(0);
+  sr_emu::faults.devices = 1;
+  cudaGetLastError();
+}
+#endif

@@ -217,7 +217,10 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const Gemv
   if (m.store == Store::q4 || m.store == Store::q8) {
     // One decision for the whole grid: the list where few enough columns are left, else all of the masked vector.
     bool list = false;
-    if (a.mask.kept && a.mask.at(a.step->pos)) list = *a.mask.kept <= a.mask.limit;
+    if (a.mask.kept) {
+      const int pos = fresh(&a.step->pos), kept = fresh(a.mask.kept);  // both are asked for at once
+      list = bool(a.mask.at(pos)) & (kept <= a.mask.limit);
+    }
     if (m.store == Store::q4) {
       if (list) product<false, true>(m, a.x, group, begin, step, y);
       else product<false, false>(m, a.x, group, begin, step, y);
