@@ -75,6 +75,17 @@ class TestTerminal:
         child.sendeof()
         assert left(child) == 0
 
+    def test_a_model_that_was_not_trained_to_chat_is_told_at_the_beginning(
+        self, spawn: Spawn, smollm2_packed: Path
+    ) -> None:
+        child = spawn(prompt=False)
+        child.expect_exact(PROMPT)
+        assert "no chat template" in child.before
+        for arguments in ({"model": smollm2_packed}, {"env": {"SPARSE_RUN_CHAT_TEMPLATE": "chatml"}}):
+            child = spawn(prompt=False, **arguments)
+            child.expect_exact(PROMPT)
+            assert "template" not in child.before and "lists the commands" in child.before
+
     @pytest.mark.parametrize("word", ["/exit", "/bye", "/quit"])
     def test_leaves_by_command(self, word: str, spawn: Spawn) -> None:
         child = spawn()
