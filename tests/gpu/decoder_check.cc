@@ -67,6 +67,24 @@ constexpr double kTolerance = 0.05, kUsual = 1e-3;
 
 }  // namespace
 
+// The first case of this program: the emulation stops where a kernel is first launched in a capture.
+TEST_CASE("device decoder: what only a later set of masks launches is loaded before it is captured") {
+  TinySpec spec;
+  spec.activation = "relu";
+  spec.neurons = spec.gated = true;
+  const TinyModel tiny(spec);
+  const PackedModel packed(tiny.path());
+  cuda::DeviceDecoder gpu(packed);
+  cuda::DeviceKv cache(gpu.config(), 64);
+  std::vector<float> first(size_t(gpu.padded_vocab())), again(first);
+  Skipping dense;
+  dense.exact = false;
+  const int32_t id = 5;
+  CHECK(gpu.forward(&id, 1, 0, &cache, Logits::last, first.data(), kNever, dense));
+  CHECK(gpu.forward(&id, 1, 0, &cache, Logits::last, again.data(), kNever));
+  CHECK(std::memcmp(first.data(), again.data(), 197 * sizeof(float)) == 0);
+}
+
 TEST_CASE("device decoder: every variant's logits are the CPU's, prompt and decode") {
   std::mt19937 rng = fresh(1);
   int usual = 0, all = 0;

@@ -212,15 +212,22 @@ __global__ void __launch_bounds__(1024) survive_kernel(const SurviveArgs a) {
   }
 }
 
+// Blocks that are resident at once on a multiprocessor; and the kernel is loaded.
+template <bool kList>
+int resident_blocks() {
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, rows_kernel<kList>), "rows");
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, rows_kernel<kList>, kWarps * 32, 0), "rows");
+  return blocks > 0 ? blocks : 1;
+}
+
 template <bool kList>
 void launch_rows(cudaStream_t s, const RowsArgs& a, int multiprocessors) {
   const int each = a.gate && a.up ? kWarps : 2 * kWarps;
-  // As many as are resident at once: warps take neurons in turn, and a second wave of blocks would be a thin one.
-  static const int resident = [] {
-    int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, rows_kernel<kList>, kWarps * 32, 0), "rows");
-    return blocks > 0 ? blocks : 1;
-  }();
+  // As many as are resident: warps take neurons in turn, and a second wave of blocks would be a thin one. Both kernels
+  // are looked at by the first launch: a list may be asked for in a capture first, in which nothing is to be loaded.
+  static const int residents[2] = {resident_blocks<kList>(), resident_blocks<!kList>()}, resident = residents[0];
   const int all = (a.w.neurons + each - 1) / each, most = resident * multiprocessors;
   launch(kList ? "rows of a list" : "rows", rows_kernel<kList>, dim3(unsigned(all < most ? all : most)),
          dim3(kWarps * 32), 0, s, a);

@@ -325,11 +325,15 @@ extern long long launches, overlapped;  // of kernels; of these, those that were
 extern long long copied;                // bytes, by copies that ran in a stream
 extern size_t behind_wait;              // the least work in a stream behind an event that the host waited for
 
+// A kernel is loaded by its first launch, or by being asked for its attributes; in a capture it must be.
+void load(const void* kernel, const char* name);
+
 template <class... P>
 cudaError_t launch(const char* name, bool overlap, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                    Stream* stream, P... args) {
   static_assert((size_t(0) + ... + sizeof(P)) <= 4096, "what a kernel takes at most");
   if (faults.failed) return cudaErrorLaunchFailure;
+  load(reinterpret_cast<const void*>(kernel), name);
   overlapped += overlap;
   const std::tuple<P...> pack(args...);
   return cudaError_t(submit(stream, [=] {

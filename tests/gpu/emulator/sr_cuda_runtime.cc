@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <deque>
 #include <map>
+#include <set>
 #include <vector>
 
 namespace sr_emu {
@@ -257,6 +258,16 @@ bool wrong_device(const Stream* s) { return s && s->device != current_device; }
 
 }  // namespace
 
+namespace {
+std::set<const void*> loaded;  // kernels
+}  // namespace
+
+void load(const void* kernel, const char* name) {
+  if (!loaded.insert(kernel).second || !captured_here) return;
+  std::fprintf(stderr, "emulated GPU: kernel %s is loaded in a capture\n", name);
+  std::abort();
+}
+
 int submit(Stream* stream, std::function<void()> work) {
   if (faults.failed) return cudaErrorLaunchFailure;
   if (wrong_device(stream)) return keep(cudaErrorInvalidResourceHandle);
@@ -438,8 +449,9 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = 12040;
   return cudaSuccess;
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* kernel) {
   if (faults.code != cudaSuccess) return keep(faults.code);
+  load(kernel, "asked for its attributes");
   a->binaryVersion = faults.capability;
   a->ptxVersion = faults.ptx ? faults.ptx : faults.capability;
   return state();
