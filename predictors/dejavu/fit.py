@@ -143,8 +143,8 @@ class Fit:
         said = [] if self.runs else [CANNOT_RUN]
         if not self.true_zeros:
             said.append(
-                f"this model's activation gives no exact zeros: predictors learn which neurons hold {ENERGY:.0%} of the energy of "
-                "act(gate) * up; for such models `sparse-run calibrate` is made"
+                f"this model's activation gives no exact zeros: predictors learn which neurons hold {ENERGY:.0%} of "
+                "the energy of act(gate) * up; for such models `sparse-run calibrate` is made"
             )
         return said
 

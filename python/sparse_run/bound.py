@@ -6,10 +6,10 @@ from typing import NoReturn
 
 
 class Bound:
-    """Refuses to be pickled or copied, which `multiprocessing` does with its arguments, and tells what to do instead."""
+    """Refuses to be pickled or copied, which `multiprocessing` does with its arguments, and tells what to do."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"a {type(self).__name__} cannot be copied or sent to another process: it holds mapped weights and threads; "
-            "load the model where it is used, with sparse_run.load(path)"
+            f"a {type(self).__name__} cannot be copied or sent to another process: it holds mapped weights and "
+            "threads; load the model where it is used, with sparse_run.load(path)"
         )

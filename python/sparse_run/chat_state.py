@@ -121,7 +121,8 @@ class Conversation:
         """Changes a setting by the name of its flag; raises UsageError for an unknown name or an impossible value."""
         key = name.lower().replace("_", "-").lstrip("-")
         settings = self.settings()
-        key = {"temperature": "temp", "n-predict": "max-tokens", "num-predict": "max-tokens", "n": "max-tokens"}.get(key, key)
+        alike = {"temperature": "temp", "n-predict": "max-tokens", "num-predict": "max-tokens", "n": "max-tokens"}
+        key = alike.get(key, key)
         if key in ("num-ctx", "ctx-size", "c"):
             raise UsageError("the context's size is fixed when the chat begins: leave, and start it with -c N")
         if key not in settings:

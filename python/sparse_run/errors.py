@@ -9,8 +9,8 @@ _LONGEST = 2000
 
 
 def one_line(text: str, longest: int = _LONGEST) -> str:
-    """Text that may come from a stranger's file, fit for a terminal: one line, escape sequences written out, its middle left
-    out where it is longer than `longest`.
+    """Text that may come from a stranger's file, fit for a terminal: one line, escape sequences written out, its middle
+    left out where it is longer than `longest`.
 
     >>> one_line("red \\x1b[31m and\\nmore")
     'red \\\\x1b[31m and more'

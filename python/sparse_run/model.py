@@ -185,8 +185,9 @@ class Model(Bound):
         )
 
     def __repr__(self) -> str:
-        opened = "closed" if self._core is None else f"{self.threads} threads, {self.isa}, {self.weight_bytes / 1e6:.0f} MB"
-        return f"<Model {self.name!r}, {opened}>"
+        if self._core is None:
+            return f"<Model {self.name!r}, closed>"
+        return f"<Model {self.name!r}, {self.threads} threads, {self.isa}, {self.weight_bytes / 1e6:.0f} MB>"
 
     @property
     def name(self) -> str:
@@ -280,7 +281,8 @@ class Model(Bound):
         """Sessions opened from now on decode with less weight: "off" or None, "auto", a level 0..1, the name of one of the
         model's sparsity files, or a path. A level is calibrated on first use, which takes a while.
 
-        say: called with what "auto" decided, and before a level is calibrated. progress: called with (what, done, total) while a level is calibrated.
+        say: called with what "auto" decided, and before a level is calibrated. progress: called with (what, done,
+        total) while it is.
 
         Raises UsageError for a level outside 0..1, an unknown name, and under a memory budget for all but what it was given as
         `room_for`; ModelError for a file of another model.

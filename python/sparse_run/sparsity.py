@@ -351,8 +351,8 @@ def choose(
             pass  # of an older version, or damaged: it is only a cache, and made again
     if say is not None:
         say(
-            f"level {level:g} is not calibrated yet for this model: that is done now, on text of the model's own, and kept for "
-            "later runs; started again after Ctrl-C it goes on where it was"
+            f"level {level:g} is not calibrated yet for this model: that is done now, on text of the model's own, and "
+            "kept for later runs; started again after Ctrl-C it goes on where it was"
         )
     fit = Fit(model, tokenizer, header, Options(tokens=4096, eval_tokens=1024), tick=tick)
     file = fit.file("uniform", level, measure=False)

@@ -428,7 +428,8 @@ class TestModel:
         with pytest.raises(sr.UsageError):
             stories.generate(STORY, **options)
 
-    @pytest.mark.parametrize("ids", [[], [-1], [512], [10**12], [1.5], ["Once"], b"Once"])  # bytes are numbers, but no tokens
+    # Bytes are numbers, but no tokens.
+    @pytest.mark.parametrize("ids", [[], [-1], [512], [10**12], [1.5], ["Once"], b"Once"])
     def test_impossible_ids_are_usage_errors(self, ids: Any, stories: sr.Model) -> None:
         for call in (stories.generate, stories.logits):
             with pytest.raises(sr.UsageError):

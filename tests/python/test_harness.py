@@ -39,7 +39,8 @@ def alive(pid: int) -> bool:
 
 def test_sigterm_ends_a_run_with_its_fixtures_and_its_builds(tmp_path: Path, project_root: Path) -> None:
     (tmp_path / "test_slow.py").write_text(SLOW)
-    words = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
+    alone = ["-p", "conftest", "-p", "no:cacheprovider", "-c", os.devnull]
+    words = [sys.executable, "-m", "pytest", *alone, str(tmp_path)]
     path = os.pathsep.join([str(project_root / "tests"), *sys.path])
     run = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
     try:

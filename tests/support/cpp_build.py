@@ -81,8 +81,8 @@ def keep_foreign_build(folder: Path, root: Path) -> None:
     wanted = {**SETTINGS, "CMAKE_HOME_DIRECTORY": str(root)}
     other = [f"{name} is {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
     assert not other, (
-        f"SPARSE_RUN_TEST_BUILD: {folder} holds a build of another kind ({other[0]}), which the tests would reconfigure; "
-        "name a new folder"
+        f"SPARSE_RUN_TEST_BUILD: {folder} holds a build of another kind ({other[0]}), which the tests would "
+        "reconfigure; name a new folder"
     )
 
 

@@ -93,8 +93,8 @@ def command(
         conversation = Conversation(opened, session, sampling, max_tokens=max_tokens, system=system_prompt)
         if interactive and not quiet and chat_template is None and opened.tokenizer.chat_template is None:
             click.echo(
-                "this model has no chat template, as models have that were not trained to chat: it may go on with a text "
-                "rather than answer, which `sparse-run generate` is for",
+                "this model has no chat template, as models have that were not trained to chat: it may go on with a "
+                "text rather than answer, which `sparse-run generate` is for",
                 err=True,
             )
         loop = ChatLoop(conversation, interactive=interactive, quiet=quiet, verbose=stats or verbose > 0)

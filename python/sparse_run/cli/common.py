@@ -75,7 +75,8 @@ def ctx_option(function: F) -> F:
         "--ctx-size",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Context window in tokens.  [default: the model's own, at most 4096]",
+        help="Context window in tokens.  [default: the model's own, at most 4096 and at most what an eighth of "
+        "--memory-budget holds]",
     )(function)
 
 

@@ -1,5 +1,5 @@
-"""What people who come from llama.cpp, ollama or mlx-lm type first: each word that means nothing here is refused with what to
-type instead, and is never taken for another option (without this, -ngl 99 is -n with the value "gl", and -hf is help)."""
+"""What people who come from llama.cpp, ollama or mlx-lm type first: each word that means nothing here is refused with
+what to type instead, and never taken for another option (without this, -ngl 99 is -n with the value gl, -hf is help)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OPTIONS: dict[tuple[str, ...], tuple[bool, str]] = {
     ("-cnv", "--conversation"): (False, "leave it out: `sparse-run chat` always converses"),
     ("-no-cnv", "--no-conversation"): (False, "use `sparse-run generate`, which continues a text"),
     ("-st", "--single-turn"): (False, "`sparse-run generate --chat` answers one message"),
-    ("-i", "--interactive", "--interactive-first"): (False, "leave it out: `sparse-run chat` is interactive in a terminal"),
+    ("-i", "--interactive", "--interactive-first"): (False, "leave it out: the chat is interactive in a terminal"),
     ("-mli", "--multiline-input"): (False, 'leave it out: in the chat, """ begins and ends a message of several lines'),
     ("-co", "--color"): (False, "leave it out: a terminal is coloured unless NO_COLOR is set"),
     ("-r", "--reverse-prompt"): (True, "`sparse-run generate --stop TEXT` ends at a text"),
@@ -25,7 +25,7 @@ _OPTIONS: dict[tuple[str, ...], tuple[bool, str]] = {
     ("-e", "--escape"): (False, "give line breaks with -f FILE, or as the shell writes them: $'one\\ntwo'"),
     ("-hf", "-hfr", "--hf-repo"): (True, "fetch it first: sparse-run pull ORG/REPO, and then -m ORG/REPO"),
     ("-mu", "--model-url"): (True, "download the file, and give its path with -m"),
-    ("-b", "-ub", "--batch-size", "--ubatch-size"): (True, "leave it out: prompts are read in blocks of a size that suits"),
+    ("-b", "-ub", "--batch-size", "--ubatch-size"): (True, "leave it out: prompts are read in blocks that suit"),
     ("-tb", "--threads-batch"): (True, "-t N is for prompts and answers alike"),
     ("-fa", "--flash-attn"): (False, "leave it out: there is one kind of attention"),
     ("-ctk", "-ctv", "--cache-type-k", "--cache-type-v", "--kv-bits"): (
@@ -34,9 +34,9 @@ _OPTIONS: dict[tuple[str, ...], tuple[bool, str]] = {
     ),
     ("--max-kv-size", "--n-ctx"): (True, "-c N is the context window in tokens"),
     ("--mlock",): (False, "--no-mmap reads the weights into memory"),
-    ("--keep",): (True, "leave it out: a chat keeps the system prompt, and forgets its oldest messages when it is full"),
+    ("--keep",): (True, "leave it out: a chat that is full keeps the system prompt, and forgets its oldest messages"),
     ("--grammar", "--grammar-file", "-j", "--json-schema"): (True, "answers cannot be held to a grammar yet"),
-    ("--lora", "--adapter-path", "--mmproj", "--control-vector"): (True, "one model without additions is what is run here"),
+    ("--lora", "--adapter-path", "--mmproj", "--control-vector"): (True, "a model is run as it is, without additions"),
     ("-md", "--model-draft", "--draft-model"): (True, "there is no speculation yet"),
     ("--prompt-cache", "--prompt-cache-file"): (True, "in a chat, /save and /load keep a conversation"),
     ("--trust-remote-code",): (False, "leave it out: no code of a model is ever run"),
@@ -64,8 +64,8 @@ _COMMANDS: dict[str, str] = {
 
 
 def refuse_foreign_options(command: click.Command) -> None:
-    """Gives a command that runs a model hidden options which only say what to type instead; for click's exact parsing, so
-    that a value that looks like one of them stays a value. Spellings that the command has itself are left to it."""
+    """Gives a command that runs a model hidden options which only say what to type instead; for click's exact parsing,
+    so that a value that looks like one of them stays a value. Spellings that the command has itself are left to it."""
     own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     if "--model" not in own or any(isinstance(parameter, _Refused) for parameter in command.params):
         return

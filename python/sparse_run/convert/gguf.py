@@ -18,7 +18,9 @@ def open_gguf(file: GgufFile) -> Checkpoint:
     metadata, where = file.metadata, str(file.path)
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        raise UnsupportedModelError(f"{where}: a file of the type {kind!r} is no model by itself; give the model's own file")
+        raise UnsupportedModelError(
+            f"{where}: a file of the type {kind!r} is no model by itself; give the model's own file"
+        )
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise ModelError(f"{where}: general.architecture is missing; the file holds no language model")
