@@ -1,5 +1,5 @@
 """What people who come from llama.cpp, ollama or mlx-lm type first: each word that means nothing here is refused with
-what to type instead, and never taken for another option (without this, -ngl 99 is -n with the value gl, -hf is help)."""
+what to type instead, never taken for another option (without this, -ngl 99 is -n with the value gl, -hf is help)."""
 
 from __future__ import annotations
 
