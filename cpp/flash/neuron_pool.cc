@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <utility>
 
@@ -19,16 +21,27 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr size_t kReadBytes = 128 << 10;  // of one read at most, or one record
 constexpr int kReads = 24;                // in progress or waiting for a reader
-constexpr int kMostUses = 7, kTries = 4;
+// A use counts half after so many tokens. Of a real model's traces (README.md), longer memories gain a little more;
+// this one loses next to nothing where neighbouring tokens need the same neurons.
+constexpr double kHalfLife = 5;
+constexpr float kLargest = 1e30f;  // of what a use is worth, before all is scaled down
+// What the first record of a layer is worth before anything was used, in uses: the order of records tells what was
+// needed often.
+constexpr float kPrior = 4;
 
 enum class SlotState : uint8_t { vacant, loading, loaded };
 
 struct Slot {
-  int32_t owner = -1;               // layer * neurons + neuron
-  int32_t before = -1, after = -1;  // in the list by last use
+  int32_t owner = -1;  // layer * neurons + neuron
   SlotState state = SlotState::vacant;
-  uint8_t uses = 0;
-  int64_t last = -1;  // request
+  bool ranked = false;  // among those that may be given away; by the worth it had then, or less than now
+  int64_t last = -1;    // request
+};
+
+struct Ranked {
+  float worth;
+  int32_t slot;
+  bool operator>(const Ranked& other) const { return worth > other.worth; }
 };
 
 struct Wanted {
@@ -57,9 +70,12 @@ struct NeuronPool::Shared {
   std::condition_variable changed;
   std::vector<Slot> slots;
   std::vector<int32_t> slot_of, vacant;
-  int32_t oldest = -1, newest = -1;
+  std::vector<float> worth;       // [layers, neurons] uses, each twice as much as one kHalfLife tokens before
+  float use = 1;                  // what one is worth now
+  std::vector<Ranked> ranked;     // a heap, the least first
+  std::deque<std::pair<int32_t, int64_t>> newcomers;  // slots that are not ranked yet, and for which request
+  std::vector<Ranked> held_back;  // room for take()
   int64_t step = 0;
-  std::deque<std::pair<int32_t, int64_t>> read_now;  // slots that this token has filled, and for which request
   int usable = 0;                 // slots before it
   std::vector<int> loading;       // slots of each layer
   std::vector<uint8_t> missing;   // [2, neurons] of the last request for a layer of an even, of an odd number
@@ -73,68 +89,63 @@ struct NeuronPool::Shared {
   std::string error;
   PoolStats stats;
 
-  void unlink(int32_t s) {
-    Slot& slot = slots[size_t(s)];
-    (slot.before >= 0 ? slots[size_t(slot.before)].after : oldest) = slot.after;
-    (slot.after >= 0 ? slots[size_t(slot.after)].before : newest) = slot.before;
-    slot.before = slot.after = -1;
-  }
-  void append(int32_t s) {
-    Slot& slot = slots[size_t(s)];
-    slot.before = newest;
-    (newest >= 0 ? slots[size_t(newest)].after : oldest) = s;
-    newest = s;
-  }
-  void use(int32_t s) {
-    if (newest != s) {
-      unlink(s);
-      append(s);
-    }
-    Slot& slot = slots[size_t(s)];
-    slot.last = step;
-    slot.uses = uint8_t(std::min(int(slot.uses) + 1, kMostUses));
+  void rank(int32_t s, float by) {
+    slots[size_t(s)].ranked = true;
+    ranked.push_back({by, s});
+    std::push_heap(ranked.begin(), ranked.end(), std::greater<>());
   }
   void vacate(int32_t s) {
     Slot& slot = slots[size_t(s)];
     if (slot_of[size_t(slot.owner)] == s) slot_of[size_t(slot.owner)] = -1;
-    slot = Slot{slot.owner, slot.before, slot.after, SlotState::vacant, 0, -1};
-    unlink(s);
     slot.owner = -1;
+    slot.state = SlotState::vacant;
+    slot.last = -1;
     if (s < usable) vacant.push_back(s);
   }
   bool may_go(int32_t s) const {
     const Slot& slot = slots[size_t(s)];
     return slot.state == SlotState::loaded && slot.last <= step - shape.held;
   }
+  void next_token() {
+    use *= float(std::exp2(1 / kHalfLife));
+    if (use < kLargest) return;
+    for (float& w : worth) w /= use;
+    for (Ranked& r : ranked) r.worth /= use;
+    use = 1;
+  }
 
-  // A slot for something new. The one that was used longest ago goes, unless it was used often: then it gets another
-  // turn. Where even that one was used since this layer's last turn, more is needed than fits, and what this token has
-  // read for earlier layers goes first: otherwise everything would go shortly before its next use.
+  // What was taken for requests up to this one may be given away.
+  void rank_newcomers(int64_t request) {
+    while (!newcomers.empty() && newcomers.front().second <= request) {
+      const int32_t s = newcomers.front().first;
+      newcomers.pop_front();
+      const Slot& slot = slots[size_t(s)];
+      if (!slot.ranked && slot.owner >= 0) rank(s, worth[size_t(slot.owner)]);
+    }
+  }
+
+  // A slot for something new: the one whose neuron is worth least goes. What is worth more by now than when it was
+  // ranked is ranked anew. What has come for this layer or the last one is not looked at before it may go: newcomers
+  // are worth least.
   int32_t take() {
+    rank_newcomers(step - shape.held);
     if (vacant.empty()) {
       int32_t out = -1;
-      if (oldest >= 0 && slots[size_t(oldest)].last > step - shape.layers) {
-        while (!read_now.empty() && out < 0) {
-          const auto first = read_now.front();
-          const bool same = slots[size_t(first.first)].last == first.second;
-          if (same && !may_go(first.first)) break;
-          if (same) out = first.first;
-          read_now.pop_front();
-        }
+      while (out < 0 && !ranked.empty()) {
+        std::pop_heap(ranked.begin(), ranked.end(), std::greater<>());
+        const Ranked least = ranked.back();
+        ranked.pop_back();
+        Slot& slot = slots[size_t(least.slot)];
+        slot.ranked = false;
+        if (slot.owner < 0) continue;
+        const float now = worth[size_t(slot.owner)];
+        if (now > least.worth) rank(least.slot, now);
+        else if (may_go(least.slot)) out = least.slot;
+        else held_back.push_back({now, least.slot});
       }
-      for (int tries = 0; out < 0 && tries < kTries; tries++) {
-        Slot& slot = slots[size_t(oldest)];
-        if (!may_go(oldest)) break;
-        if (slot.uses <= 1 || tries + 1 == kTries) {
-          out = oldest;
-        } else {
-          slot.uses /= 2;
-          const int32_t s = oldest;
-          unlink(s);
-          append(s);
-        }
-      }
-      for (int32_t s = oldest; out < 0 && s >= 0; s = slots[size_t(s)].after) {
+      for (const Ranked& r : held_back) rank(r.slot, r.worth);
+      held_back.clear();
+      for (int32_t s = 0; out < 0 && s < usable; s++) {
         if (may_go(s)) out = s;
       }
       if (out < 0) return -1;
@@ -142,7 +153,6 @@ struct NeuronPool::Shared {
     }
     const int32_t s = vacant.back();
     vacant.pop_back();
-    append(s);
     return s;
   }
 
@@ -153,8 +163,8 @@ struct NeuronPool::Shared {
     slot.owner = layer * shape.neurons + neuron;
     slot.state = SlotState::loading;
     slot.last = step;
-    slot.uses = 1;
     slot_of[size_t(slot.owner)] = s;
+    newcomers.emplace_back(s, step);
     loading[size_t(layer)]++;
     return s;
   }
@@ -241,6 +251,12 @@ NeuronPool::NeuronPool(std::shared_ptr<ReadQueue> queue, const Shape& shape, int
   s.usable = slots;
   for (int i = slots; i-- > 0;) s.vacant.push_back(i);
   s.loading.assign(size_t(shape.layers), 0);
+  s.worth.resize(s.slot_of.size());
+  for (size_t i = 0; i < s.worth.size(); i++) {
+    const float rest = 1 - float(shape.positions[i]) / float(shape.neurons);
+    s.worth[i] = kPrior * rest * rest;
+  }
+  s.ranked.reserve(size_t(slots) + 1);
   s.missing.assign(2 * size_t(shape.neurons), 0);
   missing_ = s.missing.data();
   s.chunk = chunk_bytes(shape.bytes);
@@ -263,8 +279,9 @@ int NeuronPool::least_slots(const Shape& shape) {
 size_t NeuronPool::table_bytes(const Shape& shape, int64_t slots) {
   const size_t neurons = size_t(shape.layers) * size_t(shape.neurons);
   // Lists of records are dozens of bytes for each of those being read, at most a layer's.
-  return size_t(slots) * (sizeof(Slot) + 2 * sizeof(int32_t)) + neurons * sizeof(int32_t) +
-         chunk_bytes(shape.bytes) * kReads + kReadAlign + size_t(shape.neurons) * 64;
+  return size_t(slots) * (sizeof(Slot) + sizeof(Ranked) + sizeof(int32_t)) +
+         neurons * (sizeof(int32_t) + sizeof(float)) + chunk_bytes(shape.bytes) * kReads + kReadAlign +
+         size_t(shape.neurons) * 64;
 }
 
 int NeuronPool::slots() const { return int(shared_->slots.size()); }
@@ -304,8 +321,8 @@ std::string NeuronPool::fill(const std::function<bool(size_t done, size_t total)
     std::vector<Wanted> wanted;
     for (uint32_t r = 0; r < each; r++) wanted.push_back({r, s.begin_loading(l, neuron_at[r])});
     s.add_runs(l, wanted, ReadPriority::miss);
+    s.rank_newcomers(s.step);
   }
-  for (Slot& slot : s.slots) slot.uses = 0;
   s.step += s.shape.layers + 1;  // long ago
   const size_t total = s.runs.size();
   pump(shared_);
@@ -331,7 +348,7 @@ void NeuronPool::begin_token() {
   std::lock_guard<std::mutex> lock(s.mutex);
   s.bad = false;
   s.error.clear();
-  s.read_now.clear();
+  s.next_token();
 }
 
 void NeuronPool::begin_layer(int layer) {
@@ -356,7 +373,8 @@ bool NeuronPool::add(int layer, const int32_t* ids, int n, ReadPriority priority
   for (int i = 0; i < n; i++) {
     const int id = ids ? ids[i] : i;
     const int32_t slot = s.slot_of[base + size_t(id)];
-    if (slot >= 0) s.use(slot);
+    s.worth[base + size_t(id)] += s.use;
+    if (slot >= 0) s.slots[size_t(slot)].last = s.step;
     else wanted.push_back({uint32_t(id), 0});
     if (slot >= 0 && s.slots[size_t(slot)].state == SlotState::loaded) continue;
     missing[id] = 1;
@@ -368,7 +386,6 @@ bool NeuronPool::add(int layer, const int32_t* ids, int n, ReadPriority priority
   for (Wanted& w : wanted) {
     w.slot = s.begin_loading(layer, int(w.record));
     SR_CHECK(w.slot >= 0);
-    s.read_now.emplace_back(w.slot, s.step);
     w.record = s.shape.positions[base + w.record];
   }
   std::sort(wanted.begin(), wanted.end(), [](const Wanted& a, const Wanted& b) { return a.record < b.record; });

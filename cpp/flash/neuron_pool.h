@@ -1,5 +1,5 @@
 // Single neurons of all layers in memory: slots that are filled from records of a file as tokens need them, and given
-// to others by last use and frequency.
+// to others by how often they were needed lately.
 #pragma once
 
 #include <cstdint>

@@ -49,7 +49,8 @@ def division_text(memory: Mapping[str, Any]) -> str:
 
 def summary(memory: Mapping[str, Any]) -> dict[str, Any]:
     """A core model's `memory()` with what follows from it: "hit_rate" (share of the weights used that were in memory; of single
-    neurons "neuron_hit_rate", None where none were asked for),
+    neurons "neuron_hit_rate", None where none were asked for), "neuron_window" (the neurons of how many tokens the slots hold, if
+    none were shared; None likewise),
     "expected_tokens_per_s" (at the disk's rate at the start; None where that is unknown), and by pass "read_bytes_per_pass",
     "read_seconds_per_pass", "wait_seconds_per_pass", "read_bytes_per_s" while the disk was busy."""
     passes = memory["passes"]
@@ -61,6 +62,7 @@ def summary(memory: Mapping[str, Any]) -> dict[str, Any]:
         **memory,
         "hit_rate": memory["resident_bytes"] / whole if whole else 1.0,
         "neuron_hit_rate": memory["neuron_hits"] / neurons if neurons else None,
+        "neuron_window": memory["neuron_slots"] * memory["neuron_tokens"] / neurons if neurons else None,
         # What single neurons cost follows from the text.
         "expected_tokens_per_s": (
             1 / max(disk, whole / _MEMORY_RATE) if rate and whole and not memory.get("neuron_slots") else None
@@ -109,9 +111,11 @@ def stats_text(memory: Mapping[str, Any]) -> str:
     m = summary(memory)
     if m["neuron_hit_rate"] is not None:
         return (
-            f"[memory: {m['neuron_tokens']} tokens from {m['neuron_slots']} single neurons, {m['neuron_hit_rate']:.1%} of those "
-            f"asked for were there, {m['neuron_misses']} were read; {m['passes']} passes in all, {size_text(m['read_bytes'])} from "
-            f"disk in {m['read_seconds']:.2f} s ({m['queue_depth']:.1f} reads at once), computing waited {m['wait_seconds']:.2f} s]"
+            f"[memory: {m['neuron_tokens']} tokens from {m['neuron_slots']} single neurons, room for those of "
+            f"{m['neuron_window']:.1f} tokens; {m['neuron_hit_rate']:.1%} of those asked for were there, "
+            f"{m['neuron_misses']} were read; {m['passes']} passes in all, {size_text(m['read_bytes'])} from "
+            f"disk in {m['read_seconds']:.2f} s ({m['queue_depth']:.1f} reads at once), computing waited "
+            f"{m['wait_seconds']:.2f} s]"
         )
     if not m["streamed_bytes"]:
         return f"[memory: {size_text(m['resident_bytes'])} of weights, all resident]"
