@@ -25,9 +25,9 @@ constexpr int kReads = 24;                // in progress or waiting for a reader
 // this one loses next to nothing where neighbouring tokens need the same neurons.
 constexpr double kHalfLife = 5;
 constexpr float kLargest = 1e30f;  // of what a use is worth, before all is scaled down
-// What the first record of a layer is worth before anything was used, in uses: the order of records tells what was
-// needed often.
-constexpr float kPrior = 4;
+// What the first record of a layer is worth before anything was used: less than a use, so that a set that stays the
+// same is there from its second token on. The order of records tells what was needed often.
+constexpr float kPrior = 1;
 
 enum class SlotState : uint8_t { vacant, loading, loaded };
 

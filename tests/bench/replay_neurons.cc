@@ -248,7 +248,9 @@ int main(int argc, char** argv) {
     tell("lru", by_rule(t, slots, positions, Rule::lru, 0));
     tell("lfu", by_rule(t, slots, positions, Rule::lfu, 0));
     tell("admit", by_rule(t, slots, positions, Rule::admit, 0));
-    for (int k : {1, 2, 4}) tell(("window " + std::to_string(k)).c_str(), by_rule(t, slots, positions, Rule::window, k));
+    for (int k : {1, 2, 4}) {
+      tell(("window " + std::to_string(k)).c_str(), by_rule(t, slots, positions, Rule::window, k));
+    }
     for (int h : {4, 16, 64}) {
       tell(("decay " + std::to_string(h)).c_str(), by_rule(t, slots, positions, Rule::decay, h));
     }
