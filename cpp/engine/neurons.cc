@@ -48,8 +48,9 @@ int Model::Impl::plan_neurons(const ModelOptions& options, size_t room, size_t b
   const double share = gates ? kSurvivors : std::min(options.neuron_share, 1.0);
   // A list that is complete in memory while the one after it is read.
   const int64_t wanted = std::min(all, int64_t(std::ceil(share * double(store->all_neurons()))) + least);
-  // While a token is decoded, what a prompt's block and contexts would take.
-  const size_t idle = kDiscardsPages ? (block + contexts) / store->slot_bytes() : 0;
+  // While a token is decoded, what a prompt's block, contexts and the ring would take.
+  const size_t ring = decoder.plan_residency(rest).ring_bytes;
+  const size_t idle = kDiscardsPages ? (block + contexts + ring) / store->slot_bytes() : 0;
   const int64_t lent = std::min(int64_t(idle), wanted), tables = int64_t(store->idle_slot_bytes()) * lent;
   const size_t taken = rest + size_t(tables), most = room > taken ? room - taken : 0;
   // The most of low .. high that fit.

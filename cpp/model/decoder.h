@@ -153,6 +153,7 @@ class Decoder {
   void give_back_block();
   size_t room_taken() const;  // of the shared room, by all that is not weights
   std::string fit_room(bool may_grow, const std::function<bool()>& should_stop);
+  bool lend_to_store(const std::function<bool()>& should_stop);
   bool fetches_rows() const { return flash_ && !flash_->holds_all_rows(); }
   // Calls fn(first tile, last) for this thread's tiles of a matrix, as soon as each slice of it is in memory. What is
   // left out after a failed read makes the pass fail.

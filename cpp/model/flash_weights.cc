@@ -256,6 +256,17 @@ std::string FlashWeights::resize(const ResidencyPlan& plan, const std::function<
   return arrange(plan, [&](size_t, size_t) { return should_stop(); });
 }
 
+bool FlashWeights::park(const std::function<bool()>& should_stop) {
+  if (!usable_ || !stream_) return true;
+  if (!stream_->settle(should_stop)) return false;
+  end_stream();
+  std::lock_guard<std::mutex> lock(mutex_);
+  sizes_.ring = 0;
+  usable_ = false;
+  parked_ = true;
+  return true;
+}
+
 bool FlashWeights::holds_all_but_ffn() const {
   const auto held = [](const Linear& w) { return w.slices.empty(); };
   return held(weights_->head()) &&
@@ -272,7 +283,7 @@ void FlashWeights::end_stream() {
 
 // There is no stream, and no pass is running.
 std::string FlashWeights::arrange(const ResidencyPlan& plan, const Waiting& waiting) {
-  usable_ = false;
+  usable_ = parked_ = false;
   std::vector<Bytes> stays;
   std::vector<StreamUnit> units;
   std::vector<Streamed> streamed;

@@ -39,6 +39,10 @@ class FlashWeights {
   // call that is.
   std::string resize(const ResidencyPlan& plan, const std::function<bool()>& should_stop);
   bool usable() const { return usable_; }
+  // Between passes that stream nothing: gives the ring's memory back. resize(), with plan() for one, must come before
+  // the next pass that streams. False: should_stop said so, and nothing is changed.
+  bool park(const std::function<bool()>& should_stop);
+  bool parked() const { return parked_; }
   bool holds_all_but_ffn() const;
 
   // A pass over the layers; see WeightStream. Without streamed weights all of it is free.
@@ -82,7 +86,7 @@ class FlashWeights {
   int threads_;
   std::shared_ptr<ReadQueue> queue_;
   ResidencyPlan plan_;
-  bool usable_ = false;
+  bool usable_ = false, parked_ = false;
   std::vector<Linear> whole_;         // the matrices as if all of the file were in memory, in the order of use
   std::vector<NeuronRows> whole_rows_;
   std::vector<Range> held_;           // in memory, ascending

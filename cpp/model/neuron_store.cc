@@ -121,11 +121,15 @@ void NeuronStore::open(int slots, int more, int readers, size_t unit, const Load
   if (read >= int64_t(16) << 20) load_rate_ = double(read) / seconds;
 }
 
+// Slots with so much that is lent.
+int NeuronStore::limit_with(size_t lent) const {
+  const size_t free = lent > kLendSpare ? lent - kLendSpare : 0, most = size_t(pool_->slots() - base_);
+  return base_ + int(std::min(most, free / slot_bytes()) / kNeuronBlock * kNeuronBlock);
+}
+
 void NeuronStore::lend(size_t bytes) {
   if (pool_->slots() == base_) return;
-  const size_t free = bytes > kLendSpare ? bytes - kLendSpare : 0;
-  const int before = pool_->limit(), most = pool_->slots() - base_;
-  const int now = base_ + int(std::min(size_t(most), free / slot_bytes()) / kNeuronBlock * kNeuronBlock);
+  const int before = pool_->limit(), now = limit_with(bytes);
   if (now == before || (now > before && now - before < kFewSlots && enough())) return;
   pool_->limit(now);
   if (now > before) return;

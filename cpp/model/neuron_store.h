@@ -41,6 +41,7 @@ class NeuronStore {
   void open(int slots, int more, int readers, size_t unit, const LoadProgress& progress);
   // Between tokens: this much memory may be taken beside the slots that are always there, until the next call.
   void lend(size_t bytes);
+  bool enough_with(size_t lent) const { return limit_with(lent) >= least_slots(); }
   // Of what is lent; pages are huge where they can be, and where rows and columns end, one each is begun.
   static constexpr size_t kLendSpare = size_t(4) << 20;
   // Whether there are slots for a token.
@@ -68,6 +69,7 @@ class NeuronStore {
   const Linear& down(int layer) const { return down_[size_t(layer)]; }
 
  private:
+  int limit_with(size_t lent) const;
   // What readers write to, and may hold on to.
   struct Memory {
     NeuronMatrix rows;  // of slots; without rows where slots hold columns only

@@ -48,13 +48,26 @@ std::string Decoder::make_room(const Pass& pass) {
   }
   if (store_ && !pass.stored) store_->lend(0);
   // What a block leaves, the next one would take back, and what a token leaves is lent to single neurons.
-  const std::string error = fit_room(!block && !pass.stored, *pass.should_stop);
-  if (pass.stored && error.empty()) {
-    const ResidencyPlan& plan = flash_->plan();
-    const size_t taken = room_taken() + plan.resident_bytes + plan.ring_bytes;
-    store_->lend(shared_room_ - std::min(shared_room_, taken));
+  if (pass.stored && flash_->parked()) {
+    if (lend_to_store(*pass.should_stop)) return "";
+    store_->lend(0);
   }
+  const std::string error = fit_room(!block && !pass.stored, *pass.should_stop);
+  if (!pass.stored || !error.empty() || lend_to_store(*pass.should_stop)) return error;
+  const ResidencyPlan& plan = flash_->plan();
+  const size_t taken = room_taken() + plan.resident_bytes + plan.ring_bytes;
+  store_->lend(shared_room_ - std::min(shared_room_, taken));
   return error;
+}
+
+// Tokens that work from single neurons stream nothing: what the ring takes is lent as well, where that gives slots
+// enough. False: it does not, or what is resident has to give way first, or there was no time to end its reads.
+bool Decoder::lend_to_store(const std::function<bool()>& should_stop) {
+  const size_t taken = room_taken() + flash_->plan().resident_bytes;
+  const size_t free = shared_room_ - std::min(shared_room_, taken);
+  if (taken > shared_room_ || !store_->enough_with(free) || !flash_->park(should_stop)) return false;
+  store_->lend(free);
+  return true;
 }
 
 size_t Decoder::room_taken() const {
@@ -81,6 +94,10 @@ void Decoder::give_back_block() {
 std::string Decoder::fit_room(bool may_grow, const std::function<bool()>& should_stop) {
   const size_t taken = room_taken();
   const size_t room = shared_room_ - std::min(shared_room_, taken);
+  if (flash_->parked() && flash_->plan().resident_bytes + flash_->plan().ring_bytes <= room) {
+    const std::string error = flash_->resize(ResidencyPlan(flash_->plan()), should_stop);
+    if (!error.empty()) return error;
+  }
   if (flash_->usable() && room == room_seen_) return "";
   const ResidencyPlan& now = flash_->plan();
   const bool fits = flash_->usable() && now.resident_bytes + now.ring_bytes <= room;

@@ -105,6 +105,7 @@ def test_the_answer_is_that_of_the_method_in_memory(
             assert memory["neuron_tokens"] == 11  # the first token of the answer follows from the prompt
             assert memory["neuron_hits"] + memory["neuron_misses"] > 0
             assert "single neurons" in done.stderr
+            assert not memory["ring_bytes"]  # which is lent to them until the next prompt
             asked = (memory["neuron_hits"] + memory["neuron_misses"]) / memory["neuron_tokens"]
             assert memory["neuron_window"] == pytest.approx(memory["neuron_slots"] / asked)
             if method == "fixed":
