@@ -51,7 +51,7 @@ class MemoryBench {
   }
 
   ColumnTimes columns(const std::string& kind, py::ssize_t group, bool has_min, py::ssize_t rows, py::ssize_t cols,
-                      py::ssize_t panel_rows, double density, bool shared) {
+                      py::ssize_t panel_rows, double density, bool shared, py::ssize_t superblock) {
     constexpr py::ssize_t kMaxSide = py::ssize_t(1) << 24;
     PanelMatrix shape;
     set_form(&shape, kind, group, has_min, "columns of kind " + kind + " are not skipped");
@@ -59,6 +59,8 @@ class MemoryBench {
     shape.cols = in_range("cols", cols, 1, kMaxSide);
     shape.panel_rows = in_range("panel_rows", panel_rows, kTileRows, kMaxSide);
     if (panel_rows % kTileRows) throw Error(ErrorCode::usage, "panel_rows must be a multiple of 64");
+    if (superblock % kSlabCols) throw Error(ErrorCode::usage, "superblock must be a multiple of 32");
+    shape.unit_slabs = in_range("superblock", superblock, 0, kMaxSide) / kSlabCols;
     if (shared) shape.set_stretches(stretches_that_pay(shape.rows, shape.cols));
     std::lock_guard<std::mutex> lock(mutex_);
     return time_columns(pool_, bank_, shape, density_in_range(density));
@@ -92,11 +94,12 @@ void bind_measure(py::module_& m) {
       .def(
           "columns",
           [](MemoryBench& self, const std::string& kind, py::ssize_t group, bool has_min, py::ssize_t rows,
-             py::ssize_t cols, py::ssize_t panel_rows, double density, bool shared_columns) {
+             py::ssize_t cols, py::ssize_t panel_rows, double density, bool shared_columns, py::ssize_t superblock) {
             ColumnTimes t;
             {
               py::gil_scoped_release release;
-              t = self.columns(kind, group, has_min, rows, cols, panel_rows, density, shared_columns);
+              t = self.columns(kind, group, has_min, rows, cols, panel_rows, density, shared_columns,
+                               superblock);
             }
             py::dict d;
             d["dense_seconds"] = t.dense;
@@ -106,7 +109,8 @@ void bind_measure(py::module_& m) {
             return d;
           },
           py::arg("kind"), py::arg("group"), py::arg("has_min"), py::arg("rows"), py::arg("cols"),
-          py::arg("panel_rows"), py::arg("density"), py::arg("shared_columns") = false)
+          py::arg("panel_rows"), py::arg("density"), py::arg("shared_columns") = false,
+          py::arg("superblock") = 0)
       .def(
           "rows",
           [](MemoryBench& self, const std::string& kind, py::ssize_t group, bool has_min, py::ssize_t neurons,

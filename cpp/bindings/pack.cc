@@ -22,23 +22,54 @@ void check_sides(WeightKind kind, py::ssize_t rows, py::ssize_t cols, int group)
   if (!is_quantised(kind) && rows > kTileRows) throw Error(ErrorCode::usage, "a float panel has at most 64 rows");
 }
 
-size_t panel_bytes_py(const std::string& kind, py::ssize_t rows, py::ssize_t cols, int group, bool has_min) {
+// Slabs that share a unit, from columns that do; 0 where scales are halves.
+int unit_slabs_of(int superblock) {
+  if (superblock != 0 && superblock != kUnitSlabs * kSlabCols) {
+    throw Error(ErrorCode::usage, "superblock must be 0 or " + std::to_string(kUnitSlabs * kSlabCols) + ", got " +
+                                      std::to_string(superblock));
+  }
+  return superblock / kSlabCols;
+}
+
+size_t panel_bytes_py(const std::string& kind, py::ssize_t rows, py::ssize_t cols, int group, bool has_min,
+                      int superblock) {
   const WeightKind k = weight_kind_from_name(kind);
   check_sides(k, rows, cols, group);
-  return panel_bytes(k, int(rows), int(cols), group, has_min);
+  return panel_bytes(k, int(rows), int(cols), group, has_min, unit_slabs_of(superblock));
 }
 
 // Codes of rows as Python has them: uint8 [rows, cols], with scales and, unless that is None, minima, float16
-// [rows, ceil(cols / group)].
+// [rows, ceil(cols / group)]; or these as int8 and, for each, units in float16 [rows, ceil(cols / 256)].
 struct RoundedRows {
-  RoundedRows(const py::array& codes_in, const py::array& scales_in, const py::object& mins_in)
-      : codes_(checked_array(codes_in, 'u', 1, 2, "codes")), scales_(checked_array(scales_in, 'f', 2, 2, "scales")) {
-    if (!mins_in.is_none()) mins_ = checked_array(py::array::ensure(mins_in), 'f', 2, 2, "mins");
+  RoundedRows(const py::array& codes_in, const py::array& scales_in, const py::object& mins_in, bool products = false)
+      : codes_(checked_array(codes_in, 'u', 1, 2, "codes")),
+        scales_(checked_array(scales_in, products ? 'i' : 'f', products ? 1 : 2, 2, "scales")) {
+    if (!mins_in.is_none()) {
+      mins_ = checked_array(py::array::ensure(mins_in), products ? 'i' : 'f', products ? 1 : 2, 2, "mins");
+    }
     rows = codes_.shape(0);
     cols = codes_.shape(1);
     codes = static_cast<const uint8_t*>(codes_.data());
     scales = static_cast<const uint16_t*>(scales_.data());
     if (!mins_in.is_none()) mins = static_cast<const uint16_t*>(mins_.data());
+  }
+  // Of products; the units must live as long as what is returned.
+  UnitScales in_units(const py::array& units, const py::object& min_units, py::array* min_units_out) const {
+    const py::ssize_t blocks = (cols + kUnitSlabs * kSlabCols - 1) / (kUnitSlabs * kSlabCols);
+    if (has_min() == min_units.is_none()) throw Error(ErrorCode::usage, "min_units must come with mins");
+    UnitScales out{static_cast<const int8_t*>(scales_.data()), nullptr, static_cast<const uint16_t*>(units.data()),
+                   nullptr};
+    if (has_min()) {
+      *min_units_out = checked_array(py::array::ensure(min_units), 'f', 2, 2, "min_units");
+      out.mins = static_cast<const int8_t*>(mins_.data());
+      out.min_units = static_cast<const uint16_t*>(min_units_out->data());
+    }
+    for (const py::array* a : {&units, has_min() ? static_cast<const py::array*>(min_units_out) : &units}) {
+      if (a->shape(0) != rows || a->shape(1) != blocks) {
+        throw Error(ErrorCode::usage, "units and min_units must have the shape [rows, ceil(cols / 256)]");
+      }
+    }
+    return out;
   }
   bool has_min() const { return mins != nullptr; }
   // For a group that is valid.
@@ -68,18 +99,27 @@ struct RoundedRows {
 };
 
 py::array pack_panel_py(const std::string& kind, const py::array& codes_in, const py::array& scales_in,
-                        const py::object& mins_in, int group) {
+                        const py::object& mins_in, int group, const py::object& units_in,
+                        const py::object& min_units_in) {
   const WeightKind k = weight_kind_from_name(kind);
   if (!is_quantised(k)) throw Error(ErrorCode::usage, kind + " is not a quantised kind: use pack_panel_float");
-  const RoundedRows in(codes_in, scales_in, mins_in);
+  const bool products = !units_in.is_none();
+  const RoundedRows in(codes_in, scales_in, mins_in, products);
   check_sides(k, in.rows, in.cols, group);
   in.check_groups(group);
   const int rows = int(in.rows), cols = int(in.cols);
-  py::array_t<uint8_t> out(py::ssize_t(panel_bytes(k, rows, cols, group, in.has_min())));
+  py::array units, min_units;
+  UnitScales scales{};
+  if (products) {
+    units = checked_array(py::array::ensure(units_in), 'f', 2, 2, "units");
+    scales = in.in_units(units, min_units_in, &min_units);
+  }
+  py::array_t<uint8_t> out(py::ssize_t(panel_bytes(k, rows, cols, group, in.has_min(), products ? kUnitSlabs : 0)));
   uint8_t* o = out.mutable_data();
   py::gil_scoped_release release;
   in.check_codes(kind);
-  pack_panel(k, in.codes, in.scales, in.mins, rows, cols, group, o);
+  if (products) pack_panel(k, in.codes, scales, rows, cols, group, o);
+  else pack_panel(k, in.codes, in.scales, in.mins, rows, cols, group, o);
   return out;
 }
 
@@ -98,11 +138,12 @@ py::array pack_panel_float_py(const std::string& kind, const py::array& values_i
 }
 
 py::array unpack_panel_py(const std::string& kind, const py::array& data_in, py::ssize_t rows, py::ssize_t cols,
-                          int group, bool has_min) {
+                          int group, bool has_min, int superblock) {
   const WeightKind k = weight_kind_from_name(kind);
   check_sides(k, rows, cols, group);
+  const int unit_slabs = unit_slabs_of(superblock);
   const py::array data = checked_array(data_in, 'u', 1, 1, "data");
-  const size_t bytes = panel_bytes(k, int(rows), int(cols), group, has_min);
+  const size_t bytes = panel_bytes(k, int(rows), int(cols), group, has_min, unit_slabs);
   if (size_t(data.size()) != bytes) {
     throw Error(ErrorCode::usage, "the panel must have " + std::to_string(bytes) + " bytes, got " +
                                       std::to_string(data.size()));
@@ -111,7 +152,7 @@ py::array unpack_panel_py(const std::string& kind, const py::array& data_in, py:
   const auto* d = static_cast<const uint8_t*>(data.data());
   float* o = out.mutable_data();
   py::gil_scoped_release release;
-  unpack_panel(k, d, int(rows), int(cols), group, has_min, o);
+  unpack_panel(k, d, int(rows), int(cols), group, has_min, o, unit_slabs);
   return out;
 }
 
@@ -234,16 +275,17 @@ void bind_pack(py::module_& m) {
   m.def("column_stretches", &stretches_that_pay, py::arg("rows"), py::arg("cols"),
         "Stretches of columns that threads share; see _core.pyi.");
   m.def("panel_bytes", &panel_bytes_py, py::arg("kind"), py::arg("rows"), py::arg("cols"), py::arg("group"),
-        py::arg("has_min"), "Bytes of one panel of `rows` rows (models/format.md).");
+        py::arg("has_min"), py::arg("superblock") = 0, "Bytes of one panel of `rows` rows (models/format.md).");
   m.def("pack_panel", &pack_panel_py, py::arg("kind"), py::arg("codes"), py::arg("scales"), py::arg("mins").none(true),
-        py::arg("group"), "One quantised panel: codes [rows, cols], scales and mins [rows, ceil(cols / group)].");
+        py::arg("group"), py::arg("units") = py::none(), py::arg("min_units") = py::none(),
+        "One quantised panel: codes [rows, cols], scales and mins [rows, ceil(cols / group)].");
   m.def("pack_panel_float", &pack_panel_float_py, py::arg("kind"), py::arg("values"),
         "One float panel (up to 64 rows), values [rows, cols].");
   m.def("quantise_rows", &quantise_rows_py, py::arg("values"), py::arg("kind"), py::arg("group"), py::arg("has_min"),
         py::arg("importance").none(true) = py::none(),
         "Weights [rows, cols] to codes, scales and minima; see _core.pyi.");
   m.def("unpack_panel", &unpack_panel_py, py::arg("kind"), py::arg("data"), py::arg("rows"), py::arg("cols"),
-        py::arg("group"), py::arg("has_min"), "The weights of one panel, [rows, cols].");
+        py::arg("group"), py::arg("has_min"), py::arg("superblock") = 0, "The weights of one panel, [rows, cols].");
   m.def("neuron_bytes", &neuron_bytes_py, py::arg("kind"), py::arg("neurons"), py::arg("cols"), py::arg("group"),
         py::arg("has_min"), py::arg("gated"), "Bytes of the records of `neurons` neurons (models/format.md).");
   m.def("pack_neurons", &pack_neurons_py, py::arg("kind"), py::arg("codes"), py::arg("scales"),

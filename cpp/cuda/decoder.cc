@@ -503,7 +503,7 @@ void DeviceDecoder::report(const Skipping& skipping, int n, int pos) const {
       counts->offered[size_t(s)].fetch_add(offered, std::memory_order_relaxed);
       if (float(kept[s]) > limit * float(offered)) continue;
       for (const PanelMatrix& part : m.parts) {
-        const size_t heads = size_t(part.slabs()) * part.slab_head_bytes(part.padded_rows());
+        const size_t heads = part.heads_bytes(part.padded_rows());
         read -= int64_t(double(part.total_bytes() - heads) * double(offered - kept[s]) / m.cols);
       }
     }

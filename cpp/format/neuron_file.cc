@@ -19,7 +19,7 @@ size_t neuron_record_bytes(const NeuronMatrix& rows, const PanelMatrix& down) {
 }
 
 size_t neuron_heads_bytes(const PanelMatrix& down) {
-  return size_t(down.slabs()) * down.slab_head_bytes(down.padded_rows());
+  return down.heads_bytes(down.padded_rows());
 }
 
 NeuronFile::NeuronFile(std::shared_ptr<ByteSource> source, int layers, int neurons)

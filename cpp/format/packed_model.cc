@@ -46,6 +46,15 @@ void read_scales(const Json& layout, Matrix* m) {
   m->has_min = min && min->as_bool();
 }
 
+// Slabs of a block that shares a unit of its scales; 0 where scales are halves.
+int read_unit_slabs(const Json& layout) {
+  const Json* columns = layout.find("superblock");
+  if (!columns) return 0;
+  const int64_t n = columns->as_integer();
+  if (n < 2 * kSlabCols || n % (2 * kSlabCols) || n > (1 << 16)) throw JsonError("has an impossible superblock");
+  return int(n / kSlabCols);
+}
+
 bool is_layout(const Json& layout, const char* name, int version) {
   const Json* text = layout.find("layout");
   return text && text->as_string() == name && member_int(layout, "version") == version;
@@ -132,7 +141,7 @@ PanelMatrix PackedModel::part(const std::string& tensor, const TensorView& view)
   PanelMatrix m;
   try {
     const Json j = layout_of(tensor);
-    if (!is_layout(j, "panels", 1)) {
+    if (!is_layout(j, "panels", j.find("superblock") ? 2 : 1)) {
       throw Error(ErrorCode::unsupported, weights_->path() + ": tensor " + tensor +
                                               " has a layout that this program does not know" + kAgain);
     }
@@ -143,8 +152,12 @@ PanelMatrix PackedModel::part(const std::string& tensor, const TensorView& view)
     m.rows = int(rows);
     m.cols = int(cols);
     m.panel_rows = int(panel);
-    if (is_quantised(m.kind)) read_scales(j, &m);
-    else if (m.panel_rows != kTileRows) throw JsonError("has an impossible panel_rows");
+    if (is_quantised(m.kind)) {
+      read_scales(j, &m);
+      m.unit_slabs = read_unit_slabs(j);
+    } else if (m.panel_rows != kTileRows) {
+      throw JsonError("has an impossible panel_rows");
+    }
   } catch (const JsonError& e) {
     weights_->damaged("the layout of " + tensor + " " + e.what());
   }

@@ -90,11 +90,11 @@ void prefetch_start(const PanelMatrix& w, int tile_begin, int tile_end, int line
     for (int i = 0; i < lines; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
     return;
   }
-  const size_t head_row = size_t(at.row) * 2, run = w.run_bytes(at.R);
-  const int head_lines = tiles * kTileRows * 2 / 64, heads = 32 / w.group * (w.has_min ? 2 : 1);
+  const size_t item = w.scale_bytes(), head_row = size_t(at.row) * item, run = w.run_bytes(at.R);
+  const int head_lines = tiles * kTileRows * int(item) / 64, heads = 32 / w.group * w.planes();
   for (int h = 0; h < heads && lines > 0; ++h)
     for (int i = 0; i < head_lines && lines > 0; ++i, --lines)
-      __builtin_prefetch(at.panel + size_t(h) * at.R * 2 + head_row + 64 * i, 0, 2);
+      __builtin_prefetch(at.panel + size_t(h) * at.R * item + head_row + 64 * i, 0, 2);
   const uint8_t* runs = at.panel + w.slab_head_bytes(at.R) + size_t(at.row) * (w.kind == WeightKind::q8 ? 8 : 4) / 8;
   const int run_lines = (tiles * kTileRows * (w.kind == WeightKind::q8 ? 8 : 4) / 8 + 63) / 64;
   for (int i = 0; i < run_lines && lines > 0; ++i)

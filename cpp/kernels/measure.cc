@@ -157,7 +157,7 @@ ColumnTimes time_columns(ThreadPool& pool, WeightBank& bank, const PanelMatrix& 
   (first ? out.sparse : out.dense) = pass(first);
   (first ? out.dense : out.sparse) = pass(!first);
   out.dense_bytes = double(shape.total_bytes());
-  const double heads = double(slabs) * double(shape.slab_head_bytes(shape.padded_rows()));
+  const double heads = double(shape.heads_bytes(shape.padded_rows()));
   out.sparse_bytes = heads * double(slabs_read) / slabs +
                      (out.dense_bytes - heads) * double(kept) / double(shape.padded_cols());
   return out;

@@ -7,19 +7,22 @@
 
 namespace sr {
 
-// Where a tile lies: its panel's bytes, the panel's rows, the tile's first row inside the panel; where columns are held
-// apart, where those of this panel begin.
+// Where a tile lies: its panel's slabs, the panel's rows, the tile's first row inside the panel; where columns are held
+// apart, where those of this panel begin; the panel's units, where it has them.
 struct TilePlace {
   const uint8_t* panel;
   int R;
   int row;
   const uint8_t* runs;
+  const uint8_t* units;
 };
 
 SR_INLINE TilePlace place_tile(const PanelMatrix& w, int tile) {
   const int row = tile * kTileRows, panel = row / w.panel_rows, first = panel * w.panel_rows;
-  return {w.data + size_t(panel) * w.panel_bytes(w.panel_rows), std::min(w.panel_rows, w.padded_rows() - first),
-          row - first, w.runs ? w.runs + w.run_bytes(first) : nullptr};
+  const uint8_t* begin = w.data + size_t(panel) * w.panel_bytes(w.panel_rows);
+  const int R = std::min(w.panel_rows, w.padded_rows() - first);
+  return {begin + w.units_bytes(R), R, row - first, w.runs ? w.runs + w.run_bytes(first) : nullptr,
+          w.unit_slabs ? begin : nullptr};
 }
 
 // Into how many stretches of columns the products with a quantised matrix are cut. Its shape alone decides. More rows

@@ -1,5 +1,5 @@
-// Tiles of a panel are taken apart and put together again plane by plane: scales, minima, and of every column the
-// codes.
+// Tiles of a panel are taken apart and put together again plane by plane: units, scales, minima, and of every column
+// the codes.
 #include "model/ffn_part.h"
 
 #include <algorithm>
@@ -23,12 +23,18 @@ PanelMatrix with_room(PanelMatrix m, int rows, int cols, std::vector<AlignedBuff
 
 uint8_t* writable(const PanelMatrix& m) { return const_cast<uint8_t*>(m.data); }
 
-// A tile of a slab: from row `row` of R to row `to_row` of to_R.
-void copy_tile(const PanelMatrix& m, const uint8_t* from, int R, int row, uint8_t* to, int to_R, int to_row) {
-  const int planes = int(m.slab_head_bytes(R) / (2 * size_t(R)));
-  for (int p = 0; p < planes; p++) {
-    std::memcpy(to + 2 * (size_t(p) * to_R + to_row), from + 2 * (size_t(p) * R + row), 2 * kTileRows);
+// A tile of `bytes` bytes of planes with `item` bytes a row: from row `row` of R to row `to_row` of to_R.
+void copy_planes(size_t bytes, size_t item, const uint8_t* from, int R, int row, uint8_t* to, int to_R, int to_row) {
+  const size_t planes = bytes / (item * size_t(R));
+  for (size_t p = 0; p < planes; p++) {
+    std::memcpy(to + item * (p * size_t(to_R) + size_t(to_row)), from + item * (p * size_t(R) + size_t(row)),
+                item * kTileRows);
   }
+}
+
+// A tile of a slab.
+void copy_tile(const PanelMatrix& m, const uint8_t* from, int R, int row, uint8_t* to, int to_R, int to_row) {
+  copy_planes(m.slab_head_bytes(R), m.scale_bytes(), from, R, row, to, to_R, to_row);
   from += m.slab_head_bytes(R);
   to += m.slab_head_bytes(to_R);
   // A run holds the low bits of all its tiles, then their high bits (models/format.md).
@@ -64,23 +70,28 @@ PanelMatrix take_tiles(const PanelMatrix& m, const std::vector<int>& tiles, std:
                   from.data + size_t((row - from.first) / kTileRows) * tile, tile);
       continue;
     }
+    const size_t units = m.units_bytes(from.R), to_units = out.units_bytes(to.R);
+    copy_planes(units, 2, from.data, from.R, row - from.first, to.data, to.R, to_row - to.first);
     for (int s = 0; s < m.slabs(); s++) {
-      copy_tile(m, from.data + size_t(s) * m.slab_bytes(from.R), from.R, row - from.first,
-                to.data + size_t(s) * out.slab_bytes(to.R), to.R, to_row - to.first);
+      copy_tile(m, from.data + units + size_t(s) * m.slab_bytes(from.R), from.R, row - from.first,
+                to.data + to_units + size_t(s) * out.slab_bytes(to.R), to.R, to_row - to.first);
     }
   }
   return out;
 }
 
-PanelMatrix take_columns(const PanelMatrix& m, const std::vector<int>& units,
-                         std::vector<AlignedBuffer<uint8_t>>* data) {
+PanelMatrix take_columns(PanelMatrix m, const std::vector<int>& units, std::vector<AlignedBuffer<uint8_t>>* data) {
+  constexpr int kPieceSlabs = kTileRows / kSlabCols;
+  const int unit_slabs = m.unit_slabs;
+  SR_CHECK(unit_slabs % kPieceSlabs == 0);
+  if (unit_slabs) m.unit_slabs = kPieceSlabs;  // neighbours in the part may be of different blocks of the whole
   PanelMatrix out = with_room(m, m.rows, int(units.size()) * kTileRows, data);
+  m.unit_slabs = unit_slabs;
   // Stretches hold what is left of their columns, so that sums are those of the whole with the others masked.
-  constexpr int kUnitSlabs = kTileRows / kSlabCols;
   for (int k = 0; k <= m.stretches; k++) {
     out.stretch_borders[k] = 0;
     for (int unit : units) {
-      out.stretch_borders[k] += std::min(std::max(m.stretch_borders[k] - unit * kUnitSlabs, 0), kUnitSlabs);
+      out.stretch_borders[k] += std::min(std::max(m.stretch_borders[k] - unit * kPieceSlabs, 0), kPieceSlabs);
     }
   }
   const bool quantised = is_quantised(m.kind);
@@ -90,7 +101,12 @@ PanelMatrix take_columns(const PanelMatrix& m, const std::vector<int>& units,
   for (int r = 0; r < m.padded_rows(); r += step) {
     const int R = std::min(step, m.padded_rows() - r);
     const size_t unit = quantised ? 2 * m.slab_bytes(R) : m.panel_bytes(R) / size_t(m.cols) * kTileRows;
-    for (size_t i = 0; i < units.size(); i++) std::memcpy(to + i * unit, from + size_t(units[i]) * unit, unit);
+    const size_t begin = quantised ? m.units_bytes(R) : 0, to_begin = quantised ? out.units_bytes(R) : 0;
+    const size_t planes = size_t(m.planes()) * 2 * size_t(R);
+    for (size_t i = 0; i < units.size(); i++) {
+      if (unit_slabs) std::memcpy(to + i * planes, from + m.unit_offset(units[i] * kPieceSlabs, R), planes);
+      std::memcpy(to + to_begin + i * unit, from + begin + size_t(units[i]) * unit, unit);
+    }
     from += m.panel_bytes(R);
     to += out.panel_bytes(R);
   }

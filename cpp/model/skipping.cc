@@ -111,7 +111,7 @@ void Decoder::count_kept(const Pass& pass, int layer, Site site, int kept) const
   if (float(kept) > break_even(pass, layer, site) * float(width)) return;
   size_t saved = 0;
   for (const PanelMatrix& m : w.parts) {
-    const size_t heads = size_t(m.slabs()) * m.slab_head_bytes(m.padded_rows());
+    const size_t heads = m.heads_bytes(m.padded_rows());
     saved += size_t(double(m.total_bytes() - heads) * (width - kept) / width);
   }
   counts->bytes_read.fetch_sub(int64_t(saved), std::memory_order_relaxed);

@@ -22,11 +22,11 @@ def column_norms(header: PackedHeader, site: str, layer: int) -> NDArray[np.floa
     for part in header.parts[site][layer]:
         m = part.layout
         blob, at, padded = weights[part.begin : part.end], 0, -(-int(m["rows"]) // 64) * 64
-        group, has_min = int(m.get("group", 32)), bool(m.get("min", False))
+        form = int(m.get("group", 32)), bool(m.get("min", False)), int(m.get("superblock", 0))
         for row in range(0, padded, int(m["panel_rows"])):
             n = min(int(m["panel_rows"]), padded - row)
-            size = _core.panel_bytes(m["kind"], n, m["cols"], group, has_min)
-            values = _core.unpack_panel(m["kind"], np.array(blob[at : at + size]), n, m["cols"], group, has_min)
+            size = _core.panel_bytes(m["kind"], n, m["cols"], *form)
+            values = _core.unpack_panel(m["kind"], np.array(blob[at : at + size]), n, m["cols"], *form)
             total += np.square(values, dtype=np.float64).sum(0)
             at += size
     norms: NDArray[np.float32] = np.sqrt(total).astype(np.float32)

@@ -50,10 +50,12 @@ class MemoryBench:
         panel_rows: int,
         density: float,
         shared_columns: bool = False,
+        superblock: int = 0,
     ) -> dict[str, float]:
         """One product with a matrix of this shape, dense and on a random share of its columns:
         {"dense_seconds", "sparse_seconds", "dense_bytes", "sparse_bytes"}. shared_columns: threads share its columns, as
-        they do those of q|k|v, o and down, where its shape allows it. UsageError where a quarter is too small for it."""
+        they do those of q|k|v, o and down, where its shape allows it. superblock: columns that share a unit of the scales, 0:
+        scales are halves. UsageError where a quarter is too small for it."""
     def rows(
         self, kind: str, group: int, has_min: bool, neurons: int, cols: int, gated: bool, density: float
     ) -> dict[str, float]:
@@ -67,17 +69,21 @@ def column_stretches(rows: int, cols: int) -> int:
     """Into how many stretches of columns the products with q|k|v, o or down of this shape are cut, for threads to share them;
     1: threads share rows (models/format.md)."""
 
-def panel_bytes(kind: str, rows: int, cols: int, group: int, has_min: bool) -> int:
-    """Bytes of one panel of `rows` rows (models/format.md). `kind`: q4 q5 q6 q8 f32 f16 bf16."""
+def panel_bytes(kind: str, rows: int, cols: int, group: int, has_min: bool, superblock: int = 0) -> int:
+    """Bytes of one panel of `rows` rows (models/format.md). `kind`: q4 q5 q6 q8 f32 f16 bf16; `superblock`: 256 where scales
+    are products, else 0."""
 
 def pack_panel(
     kind: str,
     codes: NDArray[np.uint8],
-    scales: NDArray[np.float16],
-    mins: NDArray[np.float16] | None,
+    scales: NDArray[np.float16] | NDArray[np.int8],
+    mins: NDArray[np.float16] | NDArray[np.int8] | None,
     group: int,
+    units: NDArray[np.float16] | None = None,
+    min_units: NDArray[np.float16] | None = None,
 ) -> NDArray[np.uint8]:
-    """One quantised panel: codes [rows, cols] unsigned, scales and mins [rows, ceil(cols / group)] -> its bytes."""
+    """One quantised panel: codes [rows, cols] unsigned, scales and mins [rows, ceil(cols / group)] -> its bytes. With units
+    [rows, ceil(cols / 256)] scales are int8 in these units, and mins in those of `min_units`."""
 
 def pack_panel_float(kind: str, values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """One float panel (up to 64 rows), values [rows, cols] -> its bytes."""
@@ -89,7 +95,9 @@ def quantise_rows(
     a search per group for the least squared error, weighted by `importance` [cols]. The last two are that error and the
     weighted sum of squared weights. A scale that does not fit into a half is infinite."""
 
-def unpack_panel(kind: str, data: NDArray[np.uint8], rows: int, cols: int, group: int, has_min: bool) -> NDArray[np.float32]:
+def unpack_panel(
+    kind: str, data: NDArray[np.uint8], rows: int, cols: int, group: int, has_min: bool, superblock: int = 0
+) -> NDArray[np.float32]:
     """The weights of one panel [rows, cols]; inverse of the packers (tests, checks)."""
 
 def neuron_bytes(kind: str, neurons: int, cols: int, group: int, has_min: bool, gated: bool) -> int:

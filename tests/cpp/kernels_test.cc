@@ -19,7 +19,9 @@ const Layout kLayouts[] = {
     {WeightKind::q4, 32, false}, {WeightKind::q4, 32, true}, {WeightKind::q4, 16, false}, {WeightKind::q4, 16, true},
     {WeightKind::q5, 32, false}, {WeightKind::q5, 32, true}, {WeightKind::q5, 16, true},  {WeightKind::q6, 16, false},
     {WeightKind::q6, 32, true},  {WeightKind::q6, 16, true}, {WeightKind::q8, 32, false}, {WeightKind::q8, 32, true},
-    {WeightKind::q8, 16, false}};
+    {WeightKind::q8, 16, false}, {WeightKind::q4, 32, true, true}, {WeightKind::q4, 16, true, true},
+    {WeightKind::q4, 16, false, true}, {WeightKind::q5, 32, true, true}, {WeightKind::q6, 16, false, true},
+    {WeightKind::q8, 32, false, true}};
 
 template <class Fn>
 void each_layout_and_shape(Fn fn) {
@@ -27,7 +29,7 @@ void each_layout_and_shape(Fn fn) {
   for (const Layout& l : kLayouts)
     for (const Shape& s : kShapes)
       for (bool extreme : {false, true}) {
-        RandomMatrix w(l.kind, s.rows, s.cols, l.group, l.min, s.panel_rows, rng, extreme);
+        RandomMatrix w(l.kind, s.rows, s.cols, l.group, l.min, s.panel_rows, rng, extreme, l.units);
         CHECK_EQ(w.pack_errors, 0);
         fn(w, rng, extreme);
       }
@@ -232,11 +234,13 @@ TEST_CASE("gemv_f and gemm_f: every ISA gives the bits of generic; generic equal
 
 TEST_CASE("unpack_row: one row of a matrix of several panels") {
   std::mt19937 rng(6);
-  RandomMatrix w(WeightKind::q5, 300, 70, 32, true, 128, rng);
-  std::vector<float> row(70);
-  for (int r : {0, 63, 64, 127, 128, 255, 299}) {
-    unpack_row(w.view, r, row.data());
-    CHECK(!std::memcmp(row.data(), w.weights.data() + size_t(r) * 70, 70 * sizeof(float)));
+  for (bool units : {false, true}) {
+    RandomMatrix w(WeightKind::q5, 300, 270, 32, true, 128, rng, false, units);
+    std::vector<float> row(270);
+    for (int r : {0, 63, 64, 127, 128, 255, 299}) {
+      unpack_row(w.view, r, row.data());
+      CHECK(!std::memcmp(row.data(), w.weights.data() + size_t(r) * 270, 270 * sizeof(float)));
+    }
   }
 }
 

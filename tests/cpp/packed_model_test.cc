@@ -113,6 +113,7 @@ TEST_CASE("packed model: faults of the header are told apart") {
   CHECK(has(error_with("\\\"group\\\": 32", "\\\"group\\\": 31"), "impossible group"));
   CHECK(has(error_with("\\\"panel_rows\\\": 128", "\\\"panel_rows\\\": 100"), "impossible panel_rows"));
   CHECK(has(error_with("\\\"version\\\": 1", "\\\"version\\\": 2"), "layout that this program does not know"));
+  CHECK(has(error_with("\\\"version\\\": 1", "\\\"version\\\": 2, \\\"superblock\\\": 96"), "impossible superblock"));
   CHECK(has(error_with("\"layout:token_embd\"", "\"layout:token_emb_\""), "token_embd has no layout"));
   CHECK(has(open_error(tiny.path()), "convert it again"));
 }

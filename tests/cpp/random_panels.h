@@ -30,6 +30,7 @@ struct Layout {
   sr::WeightKind kind;
   int group;
   bool min;
+  bool units = false;  // scales are products
 };
 
 struct RandomMatrix {
@@ -38,8 +39,9 @@ struct RandomMatrix {
   std::vector<float> weights;  // [rows, cols]
 
   RandomMatrix(sr::WeightKind kind, int rows, int cols, int group, bool has_min, int panel_rows, std::mt19937& rng,
-               bool extreme = false) {
+               bool extreme = false, bool units = false) {
     view.kind = kind;
+    view.unit_slabs = units ? sr::kUnitSlabs : 0;
     view.has_min = has_min;
     view.group = group;
     view.rows = rows;
@@ -58,14 +60,30 @@ struct RandomMatrix {
         for (auto& c : codes) c = uint8_t(extreme ? (rng() % 2) * top : rng() % (top + 1));
         for (auto& s : scales) s = sr::f32_to_f16(0.001f + 0.01f * float(rng() % 1000) / 1000.0f);
         for (auto& m : mins) m = sr::f32_to_f16(-0.1f + 0.1f * float(rng() % 1000) / 1000.0f);
-        sr::pack_panel(kind, codes.data(), scales.data(), has_min ? mins.data() : nullptr, n, cols, group, out);
-        sr::unpack_panel(kind, out, n, cols, group, has_min, weights.data() + size_t(r) * cols);
+        const int blocks = (cols + 255) / 256;
+        std::vector<int8_t> scale_codes(scales.size()), min_codes(mins.size());
+        std::vector<uint16_t> of_scales(size_t(n) * blocks), of_mins(size_t(n) * blocks);
+        if (units) {
+          for (auto& c : scale_codes) c = int8_t(extreme ? (rng() % 2 ? 127 : -128) : int(rng() % 256) - 128);
+          for (auto& c : min_codes) c = int8_t(int(rng() % 256) - 128);
+          for (auto* all : {&of_scales, &of_mins})
+            for (auto& u : *all) u = sr::f32_to_f16(0.0001f * (1.0f + float(rng() % 1000) / 1000.0f));
+          of_scales[0] = 1;  // the smallest half
+          sr::pack_panel(kind, codes.data(),
+                         {scale_codes.data(), has_min ? min_codes.data() : nullptr, of_scales.data(), of_mins.data()},
+                         n, cols, group, out);
+        } else {
+          sr::pack_panel(kind, codes.data(), scales.data(), has_min ? mins.data() : nullptr, n, cols, group, out);
+        }
+        sr::unpack_panel(kind, out, n, cols, group, has_min, weights.data() + size_t(r) * cols, view.unit_slabs);
         // The packer's own truth: the unpacked weight is what the codes say.
         for (int i = 0; i < n * cols; i += 7) {
           const int row = i / cols, g = i % cols / group;
-          const float s = sr::f16_to_f32(scales[size_t(row) * groups + g]);
+          const size_t at = size_t(row) * groups + g, block = size_t(row) * blocks + i % cols / 256;
+          const float s = units ? float(scale_codes[at]) * sr::f16_to_f32(of_scales[block]) : sr::f16_to_f32(scales[at]);
+          const float low = units ? float(min_codes[at]) * sr::f16_to_f32(of_mins[block]) : sr::f16_to_f32(mins[at]);
           const float u = float(codes[i]);
-          const float want = has_min ? std::fma(s, u, sr::f16_to_f32(mins[size_t(row) * groups + g]))
+          const float want = has_min ? std::fma(s, u, low)
                                      : s * (u - float(sr::code_bias(kind)));
           if (want != weights[size_t(r) * cols + i]) pack_errors++;
         }
@@ -103,6 +121,8 @@ struct ColumnsApart {
     const uint8_t* panel = m.data;
     for (int r = 0; r < m.padded_rows(); r += m.panel_rows) {
       const int R = std::min(m.panel_rows, m.padded_rows() - r);
+      heads.insert(heads.end(), panel, panel + m.units_bytes(R));
+      panel += m.units_bytes(R);
       for (int s = 0; s < m.slabs(); ++s, panel += m.slab_bytes(R)) {
         heads.insert(heads.end(), panel, panel + m.slab_head_bytes(R));
         for (int c = 0; c < sr::kSlabCols; ++c) {

@@ -10,7 +10,8 @@ using namespace sr_test;
 namespace {
 
 const Layout kLayouts[] = {{WeightKind::q4, 32, false}, {WeightKind::q4, 16, true}, {WeightKind::q5, 32, true},
-                           {WeightKind::q6, 16, false}, {WeightKind::q8, 32, true}};
+                           {WeightKind::q6, 16, false}, {WeightKind::q8, 32, true},
+                           {WeightKind::q4, 32, true, true}, {WeightKind::q6, 16, false, true}};
 
 PanelMatrix in_stretches(PanelMatrix m, int stretches) {
   m.set_stretches(stretches);
@@ -57,7 +58,7 @@ void each_matrix(Fn fn) {
   for (const Layout& l : kLayouts) {
     for (int panel_rows : {320, 576}) {
       for (int stretches : {2, 3, 4}) {
-        const RandomMatrix w(l.kind, 570, 200, l.group, l.min, panel_rows, rng);
+        const RandomMatrix w(l.kind, 570, l.units ? 540 : 200, l.group, l.min, panel_rows, rng, false, l.units);
         fn(in_stretches(w.view, stretches), rng);
       }
     }

@@ -99,6 +99,7 @@ struct TinySpec {
   std::string kind = "q4";       // of all matrices, unless `kinds` names one
   std::map<std::string, std::string> kinds;
   bool has_min = true;
+  bool units = false;  // in panels, scales and minima are products
   int group = 32;
   bool neurons = false;          // what feeds the FFN is stored by neuron; the same weights
   std::string norm = "rms", activation = "silu", rope_style = "interleaved";
@@ -194,6 +195,7 @@ class TinyModel {
     const bool quantised = sr::is_quantised(k);
     const bool gate_up = name.find("ffn_gate_up") != std::string::npos;
     const bool by_neuron = spec_.neurons && (gate_up || name.find("ffn_up") != std::string::npos);
+    const bool units = spec_.units && quantised && !by_neuron;
     const int panel_rows = quantised || by_neuron ? 128 : 64, group = spec_.group;
     const float spread = 1.7f / std::sqrt(float(cols));  // variance 1 / cols keeps activations of ordinary size
     std::string data;
@@ -209,7 +211,7 @@ class TinyModel {
       records.gated = gate_up;
       records.neurons = gate_up ? n / 2 : n;
       records.cols = cols;
-      const size_t panel_bytes = by_neuron ? 0 : sr::panel_bytes(k, n, cols, group, quantised && spec_.has_min);
+      const size_t panel_bytes = by_neuron ? 0 : sr::panel_bytes(k, n, cols, group, quantised && spec_.has_min, units ? sr::kUnitSlabs : 0);
       std::string blob(by_neuron ? records.total_bytes() : panel_bytes, '\0');
       auto* out = reinterpret_cast<uint8_t*>(&blob[0]);
       if (quantised) {
@@ -228,6 +230,22 @@ class TinyModel {
           scales = reordered(scales, order);
           mins = reordered(mins, order);
           sr::pack_neurons(records, codes.data(), scales.data(), spec_.has_min ? mins.data() : nullptr, out);
+        } else if (units) {
+          // Scales around the same, and minima near their middle.
+          std::vector<int8_t> scale_codes(scales.size()), min_codes(scales.size());
+          for (size_t i = 0; i < scales.size(); i++) {
+            scale_codes[i] = int8_t(40 + rng_() % 24);
+            min_codes[i] = int8_t(-scale_codes[i] + int(rng_() % 5) - 2);
+          }
+          std::vector<uint16_t> of_scales(size_t(n) * size_t((cols + 255) / 256)), of_mins(of_scales.size());
+          for (size_t i = 0; i < of_scales.size(); i++) {
+            const float unit = 2 * spread / top / 52 * (1 + 0.3f * uniform());
+            of_scales[i] = sr::f32_to_f16(unit);
+            of_mins[i] = sr::f32_to_f16(unit * top / 2);
+          }
+          const int8_t* minima = spec_.has_min ? min_codes.data() : nullptr;
+          sr::pack_panel(k, codes.data(), {scale_codes.data(), minima, of_scales.data(), of_mins.data()}, n, cols, group,
+                         out);
         } else {
           sr::pack_panel(k, codes.data(), scales.data(), with_min, n, cols, group, out);
         }
@@ -242,11 +260,12 @@ class TinyModel {
     const auto number = [](int v) { return std::to_string(v); };
     const auto flag = [](bool v) { return std::string(v ? "true" : "false"); };
     std::string layout = "{\"layout\": \"" + std::string(by_neuron ? "neurons" : "panels") +
-                         (by_neuron ? "\", \"version\": 2" : "\", \"version\": 1") + ", \"kind\": \"" + kind +
+                         (by_neuron || units ? "\", \"version\": 2" : "\", \"version\": 1") + ", \"kind\": \"" + kind +
                          "\", \"cols\": " + number(cols);
     if (by_neuron) layout += ", \"neurons\": " + number(gate_up ? rows / 2 : rows) + ", \"gated\": " + flag(gate_up);
     else layout += ", \"rows\": " + number(rows) + ", \"panel_rows\": " + number(panel_rows);
     if (quantised) layout += ", \"group\": " + number(group) + ", \"min\": " + flag(spec_.has_min);
+    if (units) layout += ", \"superblock\": 256";
     weights_.metadata["layout:" + name] = layout + "}";
     weights_.tensors[name] = {"U8", {int64_t(data.size())}, data};
   }

@@ -22,6 +22,10 @@ inline std::vector<Named> variants() {
   };
   add("q4 with minima", [](TinySpec&) {});
   add("q4 in groups of 16", [](TinySpec& s) { s.group = 16; });
+  add("scales that are products", [](TinySpec& s) {
+    s.units = true;
+    s.kinds = {{"attn_o", "q6"}, {"ffn_down", "q5"}};
+  });
   add("q8", [](TinySpec& s) { s.kind = "q8"; s.has_min = false; });
   add("f32", [](TinySpec& s) { s.kind = "f32"; });
   add("f16 and bf16", [](TinySpec& s) { s.kind = "f16"; s.kinds = {{"ffn", "bf16"}}; });

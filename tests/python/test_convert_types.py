@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sparse_run import _core
-from sparse_run.convert.codes import Codes, Form, common_form
+from sparse_run.convert.codes import SUPERBLOCK, Codes, Form, common_form
 from sparse_run.convert.layout import MOST_ROWS, Linear, choose_panel_rows, choose_tall_rows, round_up
 from sparse_run.convert.quant_types import TENSOR_TYPES, TensorType
 
@@ -22,6 +23,7 @@ HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_
 FORMS = [
     Form(kind, group, has_min) for kind in ("q4", "q5", "q6", "q8") for group in (32, 16) for has_min in (False, True)
 ]
+PRODUCTS = [replace(form, products=True) for form in FORMS]
 
 
 def random_blocks(kind: TensorType, rows: int, blocks: int, seed: int, low: float = 1e-4) -> NDArray[np.uint8]:
@@ -43,8 +45,8 @@ def unpacked(rows: Codes) -> NDArray[np.float32]:
     """The weights after a round through the packed layout."""
     f = rows.form
     n, cols = rows.codes.shape
-    packed = _core.pack_panel(f.kind, rows.codes, rows.scales, rows.mins, f.group)
-    return _core.unpack_panel(f.kind, packed, n, cols, f.group, f.has_min)
+    packed = _core.pack_panel(f.kind, rows.codes, rows.scales, rows.mins, f.group, rows.units, rows.min_units)
+    return _core.unpack_panel(f.kind, packed, n, cols, f.group, f.has_min, SUPERBLOCK if f.products else 0)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -60,12 +62,17 @@ def test_32_weight_types_are_exact_through_the_packed_layout(name: str) -> None:
 
 @pytest.mark.parametrize("low", [1e-4, 2e-7], ids=["normal", "subnormal"])
 @pytest.mark.parametrize("name", K_TYPES)
-def test_k_types_differ_only_by_the_rounding_of_scales_to_half(name: str, low: float) -> None:
+def test_k_types_are_exact_and_plain_differs_only_by_the_rounding_of_scales_to_half(name: str, low: float) -> None:
     kind = TYPES[name]
     data = random_blocks(kind, 64, 3, seed=2, low=low)
-    rows = kind.decode(data)
-    assert isinstance(rows, Codes)
-    expected, got = reference(kind, data), unpacked(rows)
+    products = kind.decode(data)
+    assert isinstance(products, Codes) and products.form == kind.form and products.form.products
+    expected, rows = reference(kind, data), products.plain
+    # With minima the reference rounds scale * u and then the sum, the core the sum alone.
+    rounding = 0 if rows.mins is None else np.abs(expected).max() * 2.0**-22
+    np.testing.assert_allclose(unpacked(products), expected, rtol=0, atol=rounding)
+    assert rows.form == kind.form.plain
+    got = unpacked(rows)
     # Half has 11 bits: scale * u and min are each off by at most 2^-11 of themselves.
     scales = np.repeat(np.abs(rows.scales.astype(np.float32)), rows.form.group, axis=1)
     bound = scales * 2.0 ** (rows.form.bits - 11)
@@ -104,7 +111,13 @@ def test_decoding_slices_equals_decoding_at_once(name: str) -> None:
 
 def random_codes(form: Form, rows: int, cols: int, seed: int) -> Codes:
     rng = np.random.default_rng(seed)
-    groups = -(-cols // form.group)
+    groups, blocks = -(-cols // form.group), -(-cols // SUPERBLOCK)
+    if form.products:
+        integers = [rng.integers(-128, 128, (rows, groups), np.int8) for _ in range(2)]
+        halves = [rng.normal(size=(rows, blocks)).astype(np.float16) for _ in range(2)]
+        if not form.has_min:
+            return Codes(form, rng.integers(0, 1 << form.bits, (rows, cols), np.uint8), integers[0], None, halves[0])
+        return Codes(form, rng.integers(0, 1 << form.bits, (rows, cols), np.uint8), *integers, *halves)
     return Codes(
         form,
         rng.integers(0, 1 << form.bits, (rows, cols), np.uint8),
@@ -140,6 +153,9 @@ def test_common_form_is_the_smallest_that_holds_both() -> None:
     assert common_form(Form("f16"), Form("f16")) == Form("f16")
     assert common_form(Form("f16"), Form("bf16")) == Form("f32")
     assert common_form(Form("q4"), Form("f16")) == Form("f32")
+    q4_k, q6_k = TYPES["Q4_K"].form, TYPES["Q6_K"].form
+    assert common_form(q4_k, q4_k) == q4_k
+    assert common_form(q4_k, q6_k) == Form("q6", 16, True)
 
 
 def format_md_panel(rows: Codes) -> NDArray[np.uint8]:
@@ -154,6 +170,10 @@ def format_md_panel(rows: Codes) -> NDArray[np.uint8]:
     scales = pad(rows.scales, n_cols // f.group)
     mins = None if rows.mins is None else pad(rows.mins, n_cols // f.group)
     out = bytearray()
+    for block in range(-(-n_cols // 256) if f.products else 0):
+        for units in (rows.units, rows.min_units):
+            if units is not None:
+                out += pad(units, -(-n_cols // 256))[:, block].tobytes()
     for slab in range(n_cols // 32):
         groups = range(slab * 32 // f.group, (slab + 1) * 32 // f.group)
         for part in (scales, mins):
@@ -176,22 +196,27 @@ def format_md_panel(rows: Codes) -> NDArray[np.uint8]:
     return np.frombuffer(bytes(out), np.uint8)
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (128, 96), (192, 80), (70, 50)], ids=str)
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(64, 32), (128, 96), (192, 80), (70, 50), (64, 544)], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, *PRODUCTS], ids=str)
 def test_packed_panels_are_what_format_md_says(form: Form, shape: tuple[int, int]) -> None:
     rows = random_codes(form, *shape, seed=6)
-    packed = _core.pack_panel(form.kind, rows.codes, rows.scales, rows.mins, form.group)
+    packed = _core.pack_panel(form.kind, rows.codes, rows.scales, rows.mins, form.group, rows.units, rows.min_units)
     expected = format_md_panel(rows)
     if shape[0] % 64 == 0 and shape[1] % 32 == 0:
         np.testing.assert_array_equal(packed, expected)
     # Codes of padding are not part of the format, its scales are: compare the true weights and the size.
     assert packed.nbytes == expected.nbytes
-    got = _core.unpack_panel(form.kind, packed, *shape, form.group, form.has_min)
-    np.testing.assert_array_equal(got, rows.dequantise())
+    got, values = unpacked(rows), rows.dequantise()
+    if form.products and form.has_min:  # rounded once, not twice
+        np.testing.assert_allclose(got, values, rtol=0, atol=np.abs(values).max() * 2.0**-22)
+    else:
+        np.testing.assert_array_equal(got, values)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 100, 576, 960, 1023, 1024, 2048, 3072, 4096, 4097, 6145, 32000, 49152])
-@pytest.mark.parametrize("form", [Form("q4", has_min=True), Form("q6", 16), Form("q8"), Form("f16")], ids=str)
+@pytest.mark.parametrize(
+    "form", [Form("q4", has_min=True), Form("q6", 16), Form("q8"), Form("f16"), *PRODUCTS[:4]], ids=str
+)
 def test_panels_cover_all_rows_and_their_sizes_agree_with_the_core(form: Form, rows: int) -> None:
     panel_rows = choose_panel_rows(rows, form)
     assert panel_rows % 64 == 0
@@ -204,7 +229,7 @@ def test_panels_cover_all_rows_and_their_sizes_agree_with_the_core(form: Form, r
         assert min(abs(end - rows / 2) for _, end in panels) <= 0.07 * rows
     for begin, end in panels:
         assert linear.panel_bytes(end - begin) == _core.panel_bytes(
-            form.kind, end - begin, 96, form.group, form.has_min
+            form.kind, end - begin, 96, form.group, form.has_min, SUPERBLOCK if form.products else 0
         )
 
 

@@ -34,7 +34,10 @@ def test_both_layouts_hold_the_same_weights(kind: str, tmp_path: Path) -> None:
     neurons, second = read_packed(tmp_path / "neurons")
     assert panels.keys() == neurons.keys()
     for name, values in panels.items():
-        np.testing.assert_array_equal(neurons[name], values, err_msg=name)
+        # Rows round the scales of K types to halves.
+        rounded = kind.endswith("_K") and name.endswith("ffn_gate_up")
+        atol = np.abs(values).max() * 2.0**-10 if rounded else 0
+        np.testing.assert_allclose(neurons[name], values, rtol=0, atol=atol, err_msg=name)
     for name, layout in second.items():
         assert layout["layout"] == ("neurons" if name.endswith("ffn_gate_up") else "panels"), name
         assert first[name]["layout"] == "panels" and first[name]["kind"] == layout["kind"]

@@ -30,8 +30,8 @@ def read_packed(directory: Path) -> tuple[dict[str, NDArray[Any]], dict[str, dic
                 tensors[name] = blob
                 continue
             m = layouts[name] = json.loads(metadata[f"layout:{name}"])
-            assert blob.dtype == np.uint8 and m["version"] == (2 if m["layout"] == "neurons" else 1)
-            group, has_min = m.get("group", 32), m.get("min", False)
+            assert blob.dtype == np.uint8 and m["version"] == (2 if m["layout"] == "neurons" or "superblock" in m else 1)
+            group, has_min, superblock = m.get("group", 32), m.get("min", False), m.get("superblock", 0)
             if m["layout"] == "neurons":
                 rows = _core.unpack_neurons(m["kind"], blob, m["neurons"], m["cols"], group, has_min, m["gated"])
                 each = 2 if m["gated"] else 1
@@ -42,8 +42,8 @@ def read_packed(directory: Path) -> tuple[dict[str, NDArray[Any]], dict[str, dic
             out, at, padded = [], 0, -(-m["rows"] // 64) * 64
             for row in range(0, padded, m["panel_rows"]):
                 n = min(m["panel_rows"], padded - row)
-                size = _core.panel_bytes(m["kind"], n, m["cols"], group, has_min)
-                out.append(_core.unpack_panel(m["kind"], blob[at : at + size], n, m["cols"], group, has_min))
+                size = _core.panel_bytes(m["kind"], n, m["cols"], group, has_min, superblock)
+                out.append(_core.unpack_panel(m["kind"], blob[at : at + size], n, m["cols"], group, has_min, superblock))
                 at += size
             assert at == blob.size
             rows = np.concatenate(out)

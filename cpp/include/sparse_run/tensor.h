@@ -46,6 +46,8 @@ struct PanelMatrix {
   int rows = 0;         // true outputs
   int cols = 0;         // true inputs
   int panel_rows = 64;  // rows of every panel but perhaps the last; a multiple of 64
+  // 0: scales and minima are halves. Else they are int8, in units that are halves for each row and so many slabs.
+  int unit_slabs = 0;
   // Where single columns are held apart, for products on active columns: then `data` has the slabs' heads alone, and
   // the run of a column in the panel of first row r begins run_bytes(r) after runs + ActiveColumns::place. Null
   // elsewhere.
@@ -76,12 +78,23 @@ struct PanelMatrix {
   SR_INLINE int tiles() const { return padded_rows() / kTileRows; }
   SR_INLINE int slabs() const { return padded_cols() / kSlabCols; }
 
+  // Planes of scales, or of units: one of each, and where there are minima one more of each.
+  SR_INLINE int planes() const { return has_min ? 2 : 1; }
+  SR_INLINE size_t scale_bytes() const { return unit_slabs ? 1 : 2; }
   // Bytes of scales and minima at the head of a slab of R rows.
-  SR_INLINE size_t slab_head_bytes(int R) const { return size_t(32 / group) * (has_min ? 2 : 1) * 2 * R; }
+  SR_INLINE size_t slab_head_bytes(int R) const { return size_t(32 / group) * planes() * scale_bytes() * R; }
+  // Bytes of the units at the head of a panel of R rows, [blocks of unit_slabs slabs, planes, R].
+  SR_INLINE size_t units_bytes(int R) const {
+    return unit_slabs ? size_t((slabs() + unit_slabs - 1) / unit_slabs) * planes() * 2 * R : 0;
+  }
+  // Of the units of slab s among them.
+  SR_INLINE size_t unit_offset(int s, int R) const { return size_t(s / unit_slabs) * planes() * 2 * R; }
+  // What is read of R rows however few of their columns are wanted.
+  SR_INLINE size_t heads_bytes(int R) const { return units_bytes(R) + size_t(slabs()) * slab_head_bytes(R); }
   SR_INLINE size_t run_bytes(int R) const { return size_t(R) * code_bits(kind) / 8; }
   SR_INLINE size_t slab_bytes(int R) const { return slab_head_bytes(R) + (runs ? 0 : kSlabCols * run_bytes(R)); }
   SR_INLINE size_t panel_bytes(int R) const {
-    if (is_quantised(kind)) return size_t(slabs()) * slab_bytes(R);
+    if (is_quantised(kind)) return units_bytes(R) + size_t(slabs()) * slab_bytes(R);
     return size_t(R) * cols * (kind == WeightKind::f32 ? 4 : 2);
   }
   size_t total_bytes() const {

@@ -29,12 +29,17 @@ void unpack(const PanelMatrix& m, const TilePlace& at, int slab_index, TileSlab*
             const ActiveColumns* active = nullptr) {
   const uint8_t* slab = at.panel + size_t(slab_index) * m.slab_bytes(at.R);
   const int parts = kSlabCols / m.group, bias = code_bias(m.kind);
+  const uint8_t* units = m.unit_slabs ? at.units + m.unit_offset(slab_index, at.R) : nullptr;
+  // Scale or minimum i of the slab, of the tile's row r; with units the product is exact in fp32.
+  const auto scale_at = [&](int i, int r) {
+    const size_t place = size_t(i) * at.R + at.row + r;
+    if (!units) return half_at(slab, place);
+    return float(int8_t(slab[place])) * half_at(units, size_t(i / parts) * at.R + at.row + r);
+  };
   for (int p = 0; p < parts; ++p)
     for (int i = 0; i < kTileRows; ++i) {
-      out->scale[p][i] = half_at(slab, size_t(p) * at.R + at.row + i);
-      out->min[p][i] =
-          m.has_min ? std::fma(out->scale[p][i], float(bias), half_at(slab, size_t(parts + p) * at.R + at.row + i))
-                    : 0.0f;
+      out->scale[p][i] = scale_at(p, i);
+      out->min[p][i] = m.has_min ? std::fma(out->scale[p][i], float(bias), scale_at(parts + p, i)) : 0.0f;
     }
   const size_t run_bytes = m.run_bytes(at.R);
   const int first = slab_index * kSlabCols, columns = at.runs ? active->count[slab_index] : kSlabCols;

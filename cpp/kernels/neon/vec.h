@@ -56,6 +56,12 @@ struct Vec {
   static float reduce_add(F a) { return vaddvq_f32(a); }
   static float reduce_max(F a) { return vmaxvq_f32(a); }
   static F load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static F load_s8(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+  }
   static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
   static void store_f16(uint16_t* p, F x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
   // The first n (1..4) lanes; callers have n == 4 except in tails.

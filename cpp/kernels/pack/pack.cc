@@ -14,8 +14,9 @@ namespace {
 
 constexpr const char* kNames[] = {"q4", "q5", "q6", "q8", "f32", "f16", "bf16"};
 
-PanelMatrix one_panel(WeightKind kind, int rows, int cols, int group, bool has_min) {
+PanelMatrix one_panel(WeightKind kind, int rows, int cols, int group, bool has_min, int unit_slabs = 0) {
   PanelMatrix m;
+  m.unit_slabs = unit_slabs;
   m.kind = kind;
   m.has_min = has_min;
   m.group = group;
@@ -71,13 +72,49 @@ float panel_weight(const PanelMatrix& m, const uint8_t* panel, int R, int r, int
     const size_t tile = size_t(r / kTileRows) * m.cols * kTileRows;
     return load_float(m.kind, panel, tile + size_t(c) * kTileRows + r % kTileRows);
   }
-  const uint8_t* slab = panel + size_t(c / kSlabCols) * m.slab_bytes(R);
-  const int part = c % kSlabCols / m.group, parts = kSlabCols / m.group;
-  const float scale = load_half(slab, size_t(part) * R + r);
+  const int s = c / kSlabCols, part = c % kSlabCols / m.group, parts = kSlabCols / m.group;
+  const uint8_t* slab = panel + m.units_bytes(R) + size_t(s) * m.slab_bytes(R);
+  const auto scale_at = [&](int i) {
+    const size_t place = size_t(i) * R + r;
+    if (!m.unit_slabs) return load_half(slab, place);
+    return float(int8_t(slab[place])) * load_half(panel + m.unit_offset(s, R), size_t(i / parts) * R + r);
+  };
+  const float scale = scale_at(part);
   const uint8_t* run = slab + m.slab_head_bytes(R) + size_t(c % kSlabCols) * m.run_bytes(R);
   const int u = int(get_code(m.kind, run, R, r));
   if (!m.has_min) return scale * float(u - code_bias(m.kind));
-  return std::fma(scale, float(u), load_half(slab, size_t(parts + part) * R + r));
+  return std::fma(scale, float(u), scale_at(parts + part));
+}
+
+// Planes [blocks, R] of what is given row by row, [rows, blocks]: plane i of block k at k apart + i R items.
+template <class T>
+void put_planes(const T* from, int rows, int blocks, int R, int parts, size_t apart, uint8_t* to) {
+  for (int b = 0; b < blocks; ++b) {
+    uint8_t* plane = to + size_t(b / parts) * apart + size_t(b % parts) * R * sizeof(T);
+    for (int r = 0; r < rows; ++r) std::memcpy(plane + r * sizeof(T), from + size_t(r) * blocks + b, sizeof(T));
+  }
+}
+
+// scales, mins [rows, groups], mins null if none, and the codes; the rest of `out` is zeros.
+template <class T>
+void put_slabs(const PanelMatrix& m, const uint8_t* codes, const T* scales, const T* mins, uint8_t* out) {
+  const int R = m.padded_rows(), parts = kSlabCols / m.group, groups = (m.cols + m.group - 1) / m.group;
+  uint8_t* first = out + m.units_bytes(R);
+  put_planes(scales, m.rows, groups, R, parts, m.slab_bytes(R), first);
+  if (mins) put_planes(mins, m.rows, groups, R, parts, m.slab_bytes(R), first + size_t(parts) * R * sizeof(T));
+  for (int s = 0; s < m.slabs(); ++s) {
+    const int width = std::min(kSlabCols, m.cols - s * kSlabCols);
+    uint8_t* runs = first + size_t(s) * m.slab_bytes(R) + m.slab_head_bytes(R);
+    // Row by row, so that the source is read in order.
+    for (int r = 0; r < m.rows; ++r) {
+      const uint8_t* row = codes + size_t(r) * m.cols + size_t(s) * kSlabCols;
+      for (int c = 0; c < width; ++c) put_code(m.kind, runs + c * m.run_bytes(R), R, r, row[c]);
+    }
+  }
+}
+
+void check_packable(WeightKind kind, int rows, int cols, int group) {
+  SR_CHECK(is_quantised(kind) && (group == 16 || group == 32) && rows > 0 && cols > 0);
 }
 
 }  // namespace
@@ -90,35 +127,29 @@ WeightKind weight_kind_from_name(const std::string& name) {
 
 const char* weight_kind_name(WeightKind kind) { return kNames[int(kind)]; }
 
-size_t panel_bytes(WeightKind kind, int rows, int cols, int group, bool has_min) {
-  const PanelMatrix m = one_panel(kind, rows, cols, group, has_min);
+size_t panel_bytes(WeightKind kind, int rows, int cols, int group, bool has_min, int unit_slabs) {
+  const PanelMatrix m = one_panel(kind, rows, cols, group, has_min, unit_slabs);
   return m.panel_bytes(m.padded_rows());
 }
 
 void pack_panel(WeightKind kind, const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int rows, int cols,
                 int group, uint8_t* out) {
-  SR_CHECK(is_quantised(kind) && (group == 16 || group == 32) && rows > 0 && cols > 0);
+  check_packable(kind, rows, cols, group);
   const PanelMatrix m = one_panel(kind, rows, cols, group, mins != nullptr);
-  const int R = m.padded_rows(), parts = kSlabCols / group, groups = (cols + group - 1) / group;
-  std::memset(out, 0, m.panel_bytes(R));
-  for (int s = 0; s < m.slabs(); ++s) {
-    uint8_t* slab = out + size_t(s) * m.slab_bytes(R);
-    uint16_t* head = reinterpret_cast<uint16_t*>(slab);
-    for (int part = 0; part < parts; ++part) {
-      const int g = s * parts + part;
-      if (g >= groups) continue;
-      for (int r = 0; r < rows; ++r) head[size_t(part) * R + r] = scales[size_t(r) * groups + g];
-      if (mins)
-        for (int r = 0; r < rows; ++r) head[size_t(parts + part) * R + r] = mins[size_t(r) * groups + g];
-    }
-    const int width = std::min(kSlabCols, cols - s * kSlabCols);
-    uint8_t* runs = slab + m.slab_head_bytes(R);
-    // Row by row, so that the source is read in order.
-    for (int r = 0; r < rows; ++r) {
-      const uint8_t* row = codes + size_t(r) * cols + size_t(s) * kSlabCols;
-      for (int c = 0; c < width; ++c) put_code(kind, runs + c * m.run_bytes(R), R, r, row[c]);
-    }
-  }
+  std::memset(out, 0, m.total_bytes());
+  put_slabs(m, codes, scales, mins, out);
+}
+
+void pack_panel(WeightKind kind, const uint8_t* codes, const UnitScales& scales, int rows, int cols, int group,
+                uint8_t* out) {
+  check_packable(kind, rows, cols, group);
+  const PanelMatrix m = one_panel(kind, rows, cols, group, scales.mins != nullptr, kUnitSlabs);
+  const int R = m.padded_rows(), blocks = (m.slabs() + kUnitSlabs - 1) / kUnitSlabs;
+  const size_t apart = size_t(m.planes()) * 2 * R;
+  std::memset(out, 0, m.total_bytes());
+  put_planes(scales.units, rows, blocks, R, 1, apart, out);
+  if (scales.mins) put_planes(scales.min_units, rows, blocks, R, 1, apart, out + 2 * size_t(R));
+  put_slabs(m, codes, scales.scales, scales.mins, out);
 }
 
 void pack_panel_float(WeightKind kind, const float* values, int rows, int cols, uint8_t* out) {
@@ -136,8 +167,9 @@ void pack_panel_float(WeightKind kind, const float* values, int rows, int cols, 
     }
 }
 
-void unpack_panel(WeightKind kind, const uint8_t* data, int rows, int cols, int group, bool has_min, float* out) {
-  const PanelMatrix m = one_panel(kind, rows, cols, group, has_min);
+void unpack_panel(WeightKind kind, const uint8_t* data, int rows, int cols, int group, bool has_min, float* out,
+                  int unit_slabs) {
+  const PanelMatrix m = one_panel(kind, rows, cols, group, has_min, unit_slabs);
   const int R = m.padded_rows();
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < cols; ++c) out[size_t(r) * cols + c] = panel_weight(m, data, R, r, c);

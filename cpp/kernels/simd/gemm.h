@@ -30,24 +30,38 @@ struct TileScratch {
   }
 };
 
+// Scales and minima of one slab of a tile, the latter moved to signed codes.
+template <class V, int BITS, bool MIN, int GROUP, bool UNITS>
+void unpack_scales(const uint8_t* slab, const uint16_t* units, const TilePlace& at, float* scale, float* min) {
+  constexpr int kParts = kSlabCols / GROUP, kBytes = UNITS ? 1 : 2;
+  for (int p = 0; p < kParts; ++p)
+    for (int k = 0; k < kTileRows; k += V::kLanes) {
+      const auto plane = [&](int i) {
+        return Scales(slab + (size_t(i) * at.R + at.row) * kBytes, UNITS ? units + size_t(i / kParts) * at.R : nullptr);
+      };
+      const auto sc = load_scales<V, UNITS>(plane(p), k);
+      V::store(scale + p * kTileRows + k, sc);
+      if (MIN)
+        V::store(min + p * kTileRows + k,
+                 V::fma(sc, V::set1(float(1 << (BITS - 1))), load_scales<V, UNITS>(plane(kParts + p), k)));
+    }
+}
+
 template <class V, int BITS, bool MIN, int GROUP>
 void unpack_tile(const PanelMatrix& w, const TilePlace& at, const TileScratch<V>& out) {
   using P = Panel<V, BITS>;
-  constexpr int kParts = kSlabCols / GROUP, L = V::kLanes;
+  constexpr int kParts = kSlabCols / GROUP;
   const size_t run_bytes = w.run_bytes(at.R);
   const int quads = w.padded_cols() / 4;
   for (int s = 0; s < w.slabs(); ++s) {
     const uint8_t* slab = at.panel + size_t(s) * w.slab_bytes(at.R);
-    const uint16_t* head = reinterpret_cast<const uint16_t*>(slab) + at.row;
-    for (int p = 0; p < kParts; ++p)
-      for (int k = 0; k < kTileRows; k += L) {
-        const auto sc = V::load_f16(head + size_t(p) * at.R + k);
-        const size_t i = size_t(s * kParts + p) * kTileRows + k;
-        V::store(out.scale + i, sc);
-        if (MIN)
-          V::store(out.min + i,
-                   V::fma(sc, V::set1(float(1 << (BITS - 1))), V::load_f16(head + size_t(kParts + p) * at.R + k)));
-      }
+    float *scale = out.scale + size_t(s) * kParts * kTileRows, *min = out.min + size_t(s) * kParts * kTileRows;
+    if (at.units) {
+      const auto* units = reinterpret_cast<const uint16_t*>(at.units + w.unit_offset(s, at.R)) + at.row;
+      unpack_scales<V, BITS, MIN, GROUP, true>(slab, units, at, scale, min);
+    } else {
+      unpack_scales<V, BITS, MIN, GROUP, false>(slab, nullptr, at, scale, min);
+    }
     const uint8_t* low = slab + w.slab_head_bytes(at.R) + size_t(at.row / kTileRows) * P::kLow;
     const uint8_t* high = slab + w.slab_head_bytes(at.R) + at.R / 2 + size_t(at.row / kTileRows) * P::kHigh;
     const size_t step = V::kGemmQuads * 4 * run_bytes;

@@ -67,18 +67,31 @@ struct Panel {
   static constexpr int kHigh = BITS == 5 ? 8 : BITS == 6 ? 16 : 0;  // and in the second
 };
 
+// Scales or minima: halves, or int8 in units. The product has at most 19 bits: exact in fp32.
+struct Scales {
+  const uint8_t* at;
+  const uint16_t* units;
+
+  SR_INLINE Scales(const uint8_t* first, const uint16_t* of) : at(first), units(of) {}
+};
+template <class V, bool UNITS>
+inline typename V::F load_scales(const Scales& s, int k) {
+  if constexpr (UNITS) return V::mul(V::load_s8(reinterpret_cast<const int8_t*>(s.at) + k), V::load_f16(s.units + k));
+  else return V::load_f16(reinterpret_cast<const uint16_t*>(s.at) + k);
+}
+
 // y[0..63] = fma(sum * scale, x_scale, y), and the minimum's share.
-template <class V, int BITS, bool MIN>
-inline void add_slab(typename V::template Acc<BITS>& acc, const uint16_t* scale, const uint16_t* min, float x_scale,
+template <class V, int BITS, bool MIN, bool UNITS>
+inline void add_slab(typename V::template Acc<BITS>& acc, const Scales& scale, const Scales& min, float x_scale,
                      float x_sum, float* y) {
   constexpr int N = kTileRows / V::kLanes;
   typename V::F f[N];
   acc.to_float(f);
   const auto xs = V::set1(x_scale), sum = V::set1(x_sum), bias = V::set1(float(1 << (BITS - 1)));
   for (int k = 0; k < N; ++k) {
-    const auto s = V::load_f16(scale + k * V::kLanes);
+    const auto s = load_scales<V, UNITS>(scale, k * V::kLanes);
     auto out = V::fma(V::mul(f[k], s), xs, V::load(y + k * V::kLanes));
-    if (MIN) out = V::fma(V::fma(s, bias, V::load_f16(min + k * V::kLanes)), sum, out);
+    if (MIN) out = V::fma(V::fma(s, bias, load_scales<V, UNITS>(min, k * V::kLanes)), sum, out);
     V::store(y + k * V::kLanes, out);
   }
 }
@@ -87,12 +100,12 @@ inline void add_slab(typename V::template Acc<BITS>& acc, const uint16_t* scale,
 struct TileRange {
   const uint8_t* panel;
   int R, row, tiles;
-  const uint8_t* runs;
+  const uint8_t *runs, *units;
 };
 SR_INLINE TileRange tiles_at(const PanelMatrix& w, int tile, int tile_end) {
-  if (tile >= tile_end) return {nullptr, 0, 0, 0, nullptr};
+  if (tile >= tile_end) return {nullptr, 0, 0, 0, nullptr, nullptr};
   const TilePlace at = place_tile(w, tile);
-  return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows), at.runs};
+  return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows), at.runs, at.units};
 }
 
 // Bytes that are asked for ahead of the slab being computed, at least: in flight or in L2. And those asked for before
@@ -100,8 +113,8 @@ SR_INLINE TileRange tiles_at(const PanelMatrix& w, int tile, int tile_end) {
 constexpr int kAheadBytes = 32 * 1024;
 constexpr int kStartBytes = 8 * 1024;
 
-// Walks through what one call reads, in its order, and asks memory for it: per slab the scales, then the runs of active
-// columns, each as a whole and in address order, so that the memory sees long sequential requests. A slab without
+// Walks through what one call reads, in its order, and asks memory for it: per slab the scales (before the first of a
+// unit's slabs the units), then the runs of active columns, each as a whole and in address order, so that the memory sees long sequential requests. A slab without
 // active columns is not touched.
 template <class V, int BITS, bool MIN, int GROUP>
 class ReadAhead {
@@ -115,7 +128,8 @@ class ReadAhead {
         tile_(tile_begin),
         tile_end_(tile_end),
         first_slab_(w.stretch_slab(w.stretch_begin)),
-        slab_end_(w.stretch_slab(w.stretch_end)) {
+        slab_end_(w.stretch_slab(w.stretch_end)),
+        scale_bytes_(int(w.scale_bytes())) {
     enter();
     ask(kStartBytes);
   }
@@ -123,7 +137,7 @@ class ReadAhead {
   // Bytes that the computation of `tiles` tiles of slab s reads.
   int wanted(int s, int tiles) const {
     const int n = columns(s);
-    return n == 0 ? 0 : tiles * (n * (P::kLow + P::kHigh) + kHeads * 2 * kTileRows);
+    return n == 0 ? 0 : tiles * (n * (P::kLow + P::kHigh) + kHeads * scale_bytes_ * kTileRows);
   }
   // Begins slab s of `tiles` tiles; budget() is then what to ask for while it is computed, so that at its end the next
   // slab has been asked for, and kAheadBytes at least.
@@ -143,8 +157,13 @@ class ReadAhead {
       }
       const int i = piece_++;
       int bytes;
-      if (i < kHeads) {
-        bytes = fetch(slab_at_ + (size_t(i) * at_.R + at_.row) * 2, at_.tiles * kTileRows * 2);
+      if (i < 0) {
+        // Not counted, as in wanted(): else what is asked for ahead would shrink from unit to unit.
+        fetch(at_.units + w_.unit_offset(slab_, at_.R) + (size_t(-1 - i) * at_.R + at_.row) * 2,
+              at_.tiles * kTileRows * 2);
+        bytes = 0;
+      } else if (i < kHeads) {
+        bytes = fetch(slab_at_ + (size_t(i) * at_.R + at_.row) * scale_bytes_, at_.tiles * kTileRows * scale_bytes_);
       } else {
         const uint8_t* run;
         if (at_.runs) {
@@ -170,13 +189,18 @@ class ReadAhead {
     return bytes;
   }
   int columns(int s) const { return active_ ? active_->count[s] : kSlabCols; }
+  // Pieces from 0 on are the slab's own; those below, its units.
   void open_slab() {
     piece_ = 0;
     pieces_ = columns(slab_) ? kHeads + columns(slab_) : 0;
+    if (!at_.units || !pieces_ || slab_ / w_.unit_slabs == unit_) return;
+    unit_ = slab_ / w_.unit_slabs;
+    piece_ = MIN ? -2 : -1;
   }
   void enter() {
     at_ = tiles_at(w_, tile_, tile_end_);
     piece_ = pieces_ = 0;
+    unit_ = -1;
     slab_ = first_slab_;
     if (!at_.panel || slab_ == slab_end_) return;
     slab_bytes_ = w_.slab_bytes(at_.R);
@@ -202,21 +226,21 @@ class ReadAhead {
   const PanelMatrix& w_;
   const ActiveColumns* active_;
   int tile_, tile_end_;
-  const int first_slab_, slab_end_;
+  const int first_slab_, slab_end_, scale_bytes_;
   TileRange at_;
   const uint8_t* slab_at_ = nullptr;
   size_t slab_bytes_ = 0, head_bytes_ = 0, run_bytes_ = 0;
-  int slab_ = 0, piece_ = 0, pieces_ = 0;
+  int slab_ = 0, unit_ = -1, piece_ = 0, pieces_ = 0;
   int64_t begun_ = 0, asked_ = 0, target_ = 0;
 };
 
 // The columns of one scale group of a slab, for tiles of one panel.
 struct SlabPart {
+  Scales scale, min;
   const uint8_t *low, *high;
   const uint32_t *off, *x4;
   int quads;
   int32_t start;
-  const uint16_t *scale, *min;
   float x_scale, x_sum;
 };
 
@@ -226,6 +250,7 @@ template <class V, int BITS, bool MIN, int QUADS, class Reader>
 SR_NOINLINE int part_tiles(const SlabPart& given, int tiles, int due, int per_tile, Reader& ahead, float* y) {
   using P = Panel<V, BITS>;
   SlabPart part = given;
+  const int scale_step = part.scale.units ? kTileRows : 2 * kTileRows;
   uint32_t one[4] = {0, 0, 0, 0}, x_one = 0;  // in registers over the tiles
   if (QUADS == 1) {
     std::memcpy(one, part.off, sizeof one);
@@ -244,11 +269,17 @@ SR_NOINLINE int part_tiles(const SlabPart& given, int tiles, int due, int per_ti
     } else {
       for (int i = 0; i < part.quads; ++i) acc.add4(part.low, part.high, part.off + 4 * i, part.x4[i]);
     }
-    add_slab<V, BITS, MIN>(acc, part.scale, part.min, part.x_scale, part.x_sum, y);
+    if (part.scale.units) {
+      add_slab<V, BITS, MIN, true>(acc, part.scale, part.min, part.x_scale, part.x_sum, y);
+      part.scale.units += kTileRows;
+      part.min.units += kTileRows;
+    } else {
+      add_slab<V, BITS, MIN, false>(acc, part.scale, part.min, part.x_scale, part.x_sum, y);
+    }
     part.low += P::kLow;
     part.high += P::kHigh;
-    part.scale += kTileRows;
-    part.min += kTileRows;
+    part.scale.at += scale_step;
+    part.min.at += scale_step;
     y += kTileRows;
   }
   return due;
@@ -285,21 +316,22 @@ int gemv_tiles(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* 
     ahead.begin(s, tiles);
     const uint8_t* slab = at.panel + size_t(s) * slab_bytes;
     const uint8_t* runs = at.runs ? at.runs : slab + head;
-    const uint16_t* scale = reinterpret_cast<const uint16_t*>(slab) + at.row;
+    const size_t scale_bytes = w.scale_bytes();
+    const uint16_t* units =
+        at.units ? reinterpret_cast<const uint16_t*>(at.units + w.unit_offset(s, R)) + at.row : nullptr;
     int first = 0;
     for (int p = 0; p < kParts; ++p) {
       const int quads = plan.quads[p];
       if (quads == 0) continue;
       const int32_t sum = kParts == 1 ? x.sum[2 * s] + x.sum[2 * s + 1] : x.sum[2 * s + p];
-      SlabPart part;
+      SlabPart part{Scales(slab + (size_t(p) * R + at.row) * scale_bytes, units),
+                    Scales(slab + (size_t(kParts + p) * R + at.row) * scale_bytes, units ? units + R : nullptr)};
       part.low = runs + size_t(at.row / kTileRows) * P::kLow;
       part.high = runs + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
       part.off = plan.off + 4 * first;
       part.x4 = plan.x4 + first;
       part.quads = quads;
       part.start = -(sum << (BITS - 1));
-      part.scale = scale + size_t(p) * R;
-      part.min = scale + size_t(kParts + p) * R;
       part.x_scale = x.scale[s];
       part.x_sum = x.scale[s] * float(sum);
       const int parts_left = kParts == 2 && p == 0 && plan.quads[1] > 0 ? 2 : 1;

@@ -79,7 +79,8 @@ def measure_break_even(
             for part in layer:
                 p = part.layout
                 if part.quantised and p["layout"] == "panels":
-                    key = (p["kind"], p["group"], bool(p["min"]), p["rows"], p["cols"], p["panel_rows"], site != "M")
+                    shape = (p["kind"], p["group"], bool(p["min"]), p["rows"], p["cols"], p["panel_rows"])
+                    key = (*shape, site != "M", p.get("superblock", 0))
                     sites.setdefault(key, set()).add(site)
     by_neuron = {
         (p["kind"], p["group"], bool(p["min"]), p["neurons"], p["cols"], bool(p["gated"]))
@@ -99,10 +100,10 @@ def measure_break_even(
             if progress is not None:
                 progress("matrices", done * reps + turn, total)
             for i, density in enumerate(DENSITIES):
-                t = memory.columns(*key[:-1], density, shared_columns=key[-1])
+                t = memory.columns(*key[:-2], density, shared_columns=key[-2], superblock=key[-1])
                 ratios[i].append(t["dense_seconds"] / t["sparse_seconds"])
         gain = [statistics.median(r) for r in ratios]
-        shapes.append(ShapeBreakEven(sorted(sites[key], key=SITES.index), *key[:-1], gain, crossing(DENSITIES, gain)))
+        shapes.append(ShapeBreakEven(sorted(sites[key], key=SITES.index), *key[:-2], gain, crossing(DENSITIES, gain)))
     for turns, rows in enumerate(sorted(by_neuron), len(sites)):
         gains: dict[str, list[list[float]]] = {site: [[] for _ in DENSITIES] for site in ROW_SITES}
         for turn in range(reps):

@@ -62,6 +62,7 @@ def _describe_packed(path: Path) -> dict[str, Any]:
             continue
         kind = layout["kind"] + ("" if "group" not in layout else f" group {layout['group']}")
         kind += " min" if layout.get("min") else ""
+        kind += " in superblocks" if "superblock" in layout else ""
         rows = layout["rows"] if layout["layout"] == "panels" else layout["neurons"] * (2 if layout["gated"] else 1)
         weights.append(_Weights(name, rows * layout["cols"], prod(entry["shape"]), kind))
         if layout["layout"] == "neurons":

@@ -17,7 +17,7 @@ from ..errors import ModelError
 from .layout import LayoutChoice
 
 # Part of every key: a change of what the converter writes makes all conversions anew.
-CONVERTER_VERSION = 6
+CONVERTER_VERSION = 7
 _EDGE = 1 << 20
 _CHUNK = 1 << 22
 

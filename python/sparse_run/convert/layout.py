@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..neurons import gives_zeros
-from .codes import SLAB_COLS, TILE_ROWS, Form
+from .codes import SLAB_COLS, SUPERBLOCK, TILE_ROWS, Form
 
 ALIGNMENT = 4096
 PAD_PREFIX = "__pad__."
-LAYOUT_VERSION, NEURONS_VERSION = 1, 2
+LAYOUT_VERSION, PRODUCTS_VERSION, NEURONS_VERSION = 1, 2, 2
 MOST_ROWS = 2816  # of a panel
 
 LayoutChoice = Literal["auto", "panels", "neurons"]
@@ -88,8 +88,18 @@ class Linear:
         """Bytes of a panel of `rows` rows, a multiple of 64."""
         if not self.form.quantised:
             return rows * self.cols * self.form.bits // 8
-        head = SLAB_COLS // self.form.group * (2 if self.form.has_min else 1) * 2 * rows
-        return round_up(self.cols, SLAB_COLS) // SLAB_COLS * (head + SLAB_COLS * rows * self.form.bits // 8)
+        slabs, codes = -(-self.cols // SLAB_COLS), SLAB_COLS * rows * self.form.bits // 8
+        return rows * self.units_each + slabs * (rows * self.head_each + codes)
+
+    @property
+    def head_each(self) -> int:
+        """Bytes of scales and minima a row of a slab."""
+        return SLAB_COLS // self.form.group * (2 if self.form.has_min else 1) * (1 if self.form.products else 2)
+
+    @property
+    def units_each(self) -> int:
+        """Bytes of the units of scales and minima a row of a panel, which they begin."""
+        return -(-self.cols // SUPERBLOCK) * (2 if self.form.has_min else 1) * 2 if self.form.products else 0
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +109,7 @@ class Linear:
         """The entry in the file's metadata."""
         entry: dict[str, object] = {
             "layout": "panels",
-            "version": LAYOUT_VERSION,
+            "version": PRODUCTS_VERSION if self.form.products else LAYOUT_VERSION,
             "kind": self.form.kind,
             "rows": self.rows,
             "cols": self.cols,
@@ -108,6 +118,8 @@ class Linear:
         if self.form.quantised:
             entry["group"] = self.form.group
             entry["min"] = self.form.has_min
+            if self.form.products:
+                entry["superblock"] = SUPERBLOCK
         return entry
 
 

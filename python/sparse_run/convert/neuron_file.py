@@ -132,9 +132,12 @@ class _Layer:
         self.slabs = round_up(int(d["cols"]), _SLAB) // _SLAB
         padded, panel = round_up(int(d["rows"]), _TILE), int(d["panel_rows"])
         self.panels = [min(panel, padded - at) for at in range(0, padded, panel)]
-        self.head = (_SLAB // int(d["group"])) * (2 if d["min"] else 1) * 2  # bytes a row of a panel
+        products, minima = "superblock" in d, 2 if d["min"] else 1
+        # Bytes a row of a panel: of a slab's scales, and of all their units.
+        self.head = (_SLAB // int(d["group"])) * minima * (1 if products else 2)
+        self.units = -(-int(d["cols"]) // int(d["superblock"])) * minima * 2 if products else 0
         self.bits = bits[str(d["kind"])]
-        self.head_bytes = self.slabs * self.head * padded
+        self.head_bytes = (self.units + self.slabs * self.head) * padded
         self.bytes = self.rows_each * self.row + padded * self.bits // 8
         whole = round_up(self.bytes, ALIGNMENT)
         # Where little is lost, a neuron is whole blocks of the file: none is read for two.
@@ -153,6 +156,8 @@ class _Layer:
         heads, begin = [], self.down.begin
         for rows in self.panels:
             head, run = self.head * rows, rows * self.bits // 8
+            heads.append(weights[begin : begin + self.units * rows])
+            begin += self.units * rows
             size = self.slabs * (head + _SLAB * run)
             slabs = weights[begin : begin + size].reshape(self.slabs, head + _SLAB * run)
             heads.append(slabs[:, :head].reshape(-1))

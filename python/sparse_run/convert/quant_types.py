@@ -1,9 +1,8 @@
 """Tensor types of GGUF: block sizes and the unpacking of their blocks into codes, scales and minima.
 
 A type is one entry of `TENSOR_TYPES`: its blocks [n, bytes] become codes [n, weights], scales and minima [n, groups]; the
-rest of the converter needs to know nothing else about it. The types of 32 weights are exact. The K types and IQ4_XS
-hold a scale as a product `d * s` of a half and a small integer, which is rounded to half here: a relative error of at most
-2^-11 of the scale, also for subnormal `d` (then the product is a multiple of the smallest half).
+rest of the converter needs to know nothing else about it. All are exact. The K types and IQ4_XS hold a scale as a product
+`d * s` of a half and a small integer, which stays one: int8 scales, and the halves [n, 1].
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
     U8 = NDArray[np.uint8]
     F16 = NDArray[np.float16]
-    # codes [n, weights of a block], scales [n, groups], minima or None
-    Unpacked = tuple[U8, F16, F16 | None]
+    # codes [n, weights of a block], scales [n, groups], minima or None; where they are products, their units [n, 1]
+    Unpacked = tuple[U8, F16, F16 | None] | tuple[U8, NDArray[np.int8], NDArray[np.int8] | None, F16, F16 | None]
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,8 @@ class TensorType:
         if self.unpack is None:
             return decode_floats(self.name, data)
         rows = data.shape[0]
-        codes, scales, mins = self.unpack(data.reshape(-1, self.block_bytes))
-        return Codes(
-            self.form,
-            codes.reshape(rows, -1),
-            scales.reshape(rows, -1),
-            None if mins is None else mins.reshape(rows, -1),
-        )
+        arrays = self.unpack(data.reshape(-1, self.block_bytes))
+        return Codes(self.form, *(None if a is None else a.reshape(rows, -1) for a in arrays))  # type: ignore[arg-type]
 
 
 def decode_floats(name: str, data: U8) -> NDArray[np.float32]:
@@ -112,24 +106,14 @@ def _q8_0(b: U8) -> Unpacked:
     return b[:, 2:] ^ np.uint8(0x80), _half(b, 0), None
 
 
-def _round_half(values: NDArray[np.float32]) -> F16:
-    """To half; an overflow becomes infinite and is refused by the caller's check of finiteness."""
-    import numpy as np
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(np.float16)
-
-
-def _k_scales(b: U8) -> tuple[F16, F16]:
-    """Scales and minima [n, 8] of Q4_K and Q5_K: two halves, then eight pairs of 6 bits in 12 bytes."""
+def _k_scales(b: U8) -> tuple[NDArray[np.int8], NDArray[np.int8], F16, F16]:
+    """Scales and minima [n, 8] of Q4_K and Q5_K and their units: two halves, then eight pairs of 6 bits in 12 bytes."""
     import numpy as np
 
     low, mid, high = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scale = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=1)
     minimum = np.concatenate([mid & 63, (high >> 4) | ((mid >> 2) & 48)], axis=1)
-    d, dmin = _half(b, 0).astype(np.float32), _half(b, 2).astype(np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        return _round_half(d * scale), _round_half(-dmin * minimum)
+    return scale.view(np.int8), minimum.view(np.int8), _half(b, 0), -_half(b, 2)
 
 
 def _pairs(b: U8, at: int) -> U8:
@@ -143,10 +127,8 @@ def _pairs(b: U8, at: int) -> U8:
 def _q2_k(b: U8) -> Unpacked:
     import numpy as np
 
-    d, dmin = _half(b, 80).astype(np.float32), _half(b, 82).astype(np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        scales, mins = _round_half(d * (b[:, :16] & 15)), _round_half(-dmin * (b[:, :16] >> 4))
-    return _pairs(b, 16).reshape(-1, 256), scales, mins
+    scales, mins = (b[:, :16] & 15).view(np.int8), (b[:, :16] >> 4).view(np.int8)
+    return _pairs(b, 16).reshape(-1, 256), scales, mins, _half(b, 80), -_half(b, 82)
 
 
 def _q3_k(b: U8) -> Unpacked:
@@ -159,27 +141,23 @@ def _q3_k(b: U8) -> Unpacked:
     # Sixteen 6-bit scales less 32: low nibbles of 8 bytes, then high ones; pairs of high bits in 4 bytes.
     top = (b[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8).reshape(4, 1)) & np.uint8(3)
     scales = _nibbles(b[:, 96:104]) | (top.reshape(n, 16) << np.uint8(4))
-    with np.errstate(invalid="ignore", over="ignore"):
-        halves = _round_half(_half(b, 108).astype(np.float32) * (scales.astype(np.float32) - np.float32(32)))
-    return codes.reshape(n, 256), halves, None
+    return codes.reshape(n, 256), scales.view(np.int8) - np.int8(32), None, _half(b, 108), None
 
 
 def _q4_k(b: U8) -> Unpacked:
-    scales, mins = _k_scales(b)
     # 4 runs of 32 bytes; each holds 32 weights in its low and the next 32 in its high nibbles.
-    return _nibbles(b[:, 16:].reshape(-1, 32)).reshape(-1, 256), scales, mins
+    return _nibbles(b[:, 16:].reshape(-1, 32)).reshape(-1, 256), *_k_scales(b)
 
 
 def _q5_k(b: U8) -> Unpacked:
     import numpy as np
 
-    scales, mins = _k_scales(b)
     codes = _nibbles(b[:, 48:].reshape(-1, 32)).reshape(-1, 8, 32)
     # Bit j of byte i is bit 4 of weight i in group j.
     for j in range(8):
         bit = (b[:, 16:48] >> np.uint8(j)) & np.uint8(1)
         codes[:, j] |= bit << np.uint8(4)
-    return codes.reshape(-1, 256), scales, mins
+    return codes.reshape(-1, 256), *_k_scales(b)
 
 
 def _q6_k(b: U8) -> Unpacked:
@@ -191,10 +169,7 @@ def _q6_k(b: U8) -> Unpacked:
     high = b[:, 128:192].reshape(n, 2, 32)
     for j in range(4):
         codes[:, :, j] |= ((high >> np.uint8(2 * j)) & np.uint8(3)) << np.uint8(4)
-    d = _half(b, 208).astype(np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        scales = _round_half(d * b[:, 192:208].view(np.int8))
-    return codes.reshape(n, 256), scales, None
+    return codes.reshape(n, 256), b[:, 192:208].view(np.int8), None, _half(b, 208), None
 
 
 # The sixteen values that IQ4 codes stand for, in units of the scale: a non-linear grid, but of integers, so 8-bit codes hold
@@ -223,10 +198,8 @@ def _iq4_xs(b: U8) -> Unpacked:
     high = high[:, :1] | (high[:, 1:] << np.uint16(8))
     pairs = (high >> np.arange(0, 16, 2, dtype=np.uint16)) & np.uint16(3)
     low = np.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], axis=2).reshape(-1, 8)
-    scales = (low | (pairs << np.uint16(4)).astype(np.uint8)).astype(np.float32) - np.float32(32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        halves = _round_half(_half(b, 0).astype(np.float32) * scales)
-    return _iq4_codes(b[:, 8:].reshape(-1, 16)).reshape(-1, 256), halves, None
+    scales = (low | (pairs << np.uint16(4)).astype(np.uint8)).view(np.int8) - np.int8(32)
+    return _iq4_codes(b[:, 8:].reshape(-1, 16)).reshape(-1, 256), scales, None, _half(b, 0), None
 
 
 TENSOR_TYPES: dict[int, TensorType] = {
@@ -237,13 +210,13 @@ TENSOR_TYPES: dict[int, TensorType] = {
     6: TensorType("Q5_0", 32, 22, Form("q5"), _q5_0),
     7: TensorType("Q5_1", 32, 24, Form("q5", has_min=True), _q5_1),
     8: TensorType("Q8_0", 32, 34, Form("q8"), _q8_0),
-    10: TensorType("Q2_K", 256, 84, Form("q4", group=16, has_min=True), _q2_k),
-    11: TensorType("Q3_K", 256, 110, Form("q4", group=16), _q3_k),
-    12: TensorType("Q4_K", 256, 144, Form("q4", has_min=True), _q4_k),
-    13: TensorType("Q5_K", 256, 176, Form("q5", has_min=True), _q5_k),
-    14: TensorType("Q6_K", 256, 210, Form("q6", group=16), _q6_k),
+    10: TensorType("Q2_K", 256, 84, Form("q4", group=16, has_min=True, products=True), _q2_k),
+    11: TensorType("Q3_K", 256, 110, Form("q4", group=16, products=True), _q3_k),
+    12: TensorType("Q4_K", 256, 144, Form("q4", has_min=True, products=True), _q4_k),
+    13: TensorType("Q5_K", 256, 176, Form("q5", has_min=True, products=True), _q5_k),
+    14: TensorType("Q6_K", 256, 210, Form("q6", group=16, products=True), _q6_k),
     20: TensorType("IQ4_NL", 32, 18, Form("q8"), _iq4_nl),
-    23: TensorType("IQ4_XS", 256, 136, Form("q8"), _iq4_xs),
+    23: TensorType("IQ4_XS", 256, 136, Form("q8", products=True), _iq4_xs),
     30: TensorType("BF16", 1, 2, Form("bf16")),
 }
 

@@ -71,7 +71,7 @@ class Quantisation:
 
 def stored_bits(form: Form) -> float:
     """Bits of a weight with its share of scale and minimum."""
-    return form.bits + (16 / form.group * (2 if form.has_min else 1) if form.quantised else 0)
+    return form.bits + form.scale_bits
 
 
 @dataclass

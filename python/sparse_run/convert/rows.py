@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ModelError
-from .codes import TILE_ROWS, Codes, Form, RowsRead
+from .codes import SUPERBLOCK, TILE_ROWS, Codes, Form, RowsRead
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,9 +54,7 @@ class CodeRows:
         self.form = codes.form
 
     def read(self, begin: int, end: int) -> RowsRead:
-        c = self.codes
-        mins = None if c.mins is None else c.mins[begin:end]
-        return Codes(c.form, c.codes[begin:end], c.scales[begin:end], mins)
+        return self.codes.map(lambda a: a[begin:end])
 
 
 class RowFile(Protocol):
@@ -89,8 +87,7 @@ def _decode(file: RowFile, tensor: Any, kind: TensorType, begin: int, end: int) 
     import numpy as np
 
     rows = kind.decode(file.read_rows(tensor, begin, end))
-    parts = [rows.scales, rows.mins] if isinstance(rows, Codes) else [rows]
-    if not all(part is None or np.isfinite(part).all() for part in parts):
+    if not (rows.finite if isinstance(rows, Codes) else np.isfinite(rows).all()):
         raise ModelError(
             f"{file.path}: tensor {tensor.name} holds weights that are not finite numbers; the file is damaged, fetch it again"
         )
@@ -132,9 +129,11 @@ class PaddedRows:
 
         if not isinstance(rows, Codes):
             return pad(rows, right)
-        groups = -(-self.cols // self.form.group) - rows.scales.shape[1]
-        mins = None if rows.mins is None else pad(rows.mins, groups)
-        return Codes(self.form, pad(rows.codes, right), pad(rows.scales, groups), mins)
+        widths = (1, self.form.group, self.form.group, SUPERBLOCK, SUPERBLOCK)
+        return Codes(
+            self.form,
+            *(None if a is None else pad(a, -(-self.cols // w) - a.shape[1]) for a, w in zip(rows.arrays, widths)),  # type: ignore[arg-type]
+        )
 
 
 class ConcatRows:
@@ -201,13 +200,8 @@ def stack(parts: Sequence[RowsRead]) -> RowsRead:
     codes = [part for part in parts if isinstance(part, Codes)]
     if not codes:
         return np.concatenate([part for part in parts if not isinstance(part, Codes)])
-    mins = [c.mins for c in codes if c.mins is not None]
-    return Codes(
-        codes[0].form,
-        np.concatenate([c.codes for c in codes]),
-        np.concatenate([c.scales for c in codes]),
-        np.concatenate(mins) if mins else None,
-    )
+    arrays = ([a for a in same if a is not None] for same in zip(*(c.arrays for c in codes)))
+    return Codes(codes[0].form, *(np.concatenate(same) if same else None for same in arrays))  # type: ignore[arg-type]
 
 
 def floats_of(rows: RowsRead) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from ..errors import Error, UsageError
-from .codes import TILE_ROWS, Codes
+from .codes import SUPERBLOCK, TILE_ROWS, Codes
 from .layout import (
     FilePlan,
     LayoutChoice,
@@ -30,7 +30,7 @@ from .layout import (
     choose_tall_rows,
     plan_file,
 )
-from .rows import PaddedRows, RowSource, floats_of
+from .rows import CastRows, PaddedRows, RowSource, floats_of
 from .staging import StagedDirectory, write_error
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def write_packed(
     dst = Path(dst)
     check_destination(dst, existing)
     neurons = by_neuron(layout, config)
+    if neurons:  # whose rows have halves for scales
+        tensors = {name: _plain_rows(name, data) for name, data in tensors.items()}
     specs = {name: _spec(name, data, neurons) for name, data in tensors.items()}
     plan = plan_file(specs)
     with StagedDirectory(dst) as staged:
@@ -125,12 +127,24 @@ def is_packed(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
 
 
+def _feeds_neurons(name: str) -> bool:
+    return name.endswith(("ffn_gate_up", "ffn_up"))
+
+
+def _plain_rows(name: str, data: TensorData) -> TensorData:
+    import numpy as np
+
+    if isinstance(data, np.ndarray) or not _feeds_neurons(name) or not data.form.products:
+        return data
+    return CastRows(data, data.form.plain)
+
+
 def _spec(name: str, data: TensorData, neurons: bool) -> TensorSpec:
     import numpy as np
 
     if isinstance(data, np.ndarray):
         return Plain(data.shape)
-    if neurons and name.endswith(("ffn_gate_up", "ffn_up")):
+    if neurons and _feeds_neurons(name):
         gated = name.endswith("ffn_gate_up")
         return Neurons(data.rows // (2 if gated else 1), data.cols, data.form, gated)
     if _TALL.search(name):
@@ -222,11 +236,8 @@ def _records(spec: Neurons, source: RowSource, first: int, neurons: int) -> memo
     # Row of each record's gate and up in what is read.
     order = np.arange(end - begin).reshape(-1, spec.rows_each, TILE_ROWS).transpose(0, 2, 1).reshape(-1)
     if spec.form.quantised:
-        codes = _read_codes(source, begin, end)
-        mins = None if codes.mins is None else codes.mins[order]
-        packed = _core.pack_neurons(
-            spec.form.kind, codes.codes[order], codes.scales[order], mins, spec.form.group, spec.gated
-        )
+        codes = _read_codes(source, begin, end).map(lambda a: a[order])
+        packed = _core.pack_neurons(spec.form.kind, codes.codes, codes.scales, codes.mins, spec.form.group, spec.gated)
     else:
         packed = _core.pack_neurons_float(spec.form.kind, floats_of(source.read(begin, end))[order], spec.gated)
     if packed.nbytes != spec.records_bytes(neurons):
@@ -241,7 +252,9 @@ def _panel(spec: Linear, source: RowSource, begin: int, end: int) -> memoryview:
     padded = source if end <= source.rows else PaddedRows(source, end, source.cols)
     if spec.form.quantised:
         codes = _read_codes(padded, begin, end)
-        packed = _core.pack_panel(spec.form.kind, codes.codes, codes.scales, codes.mins, spec.form.group)
+        packed = _core.pack_panel(
+            spec.form.kind, codes.codes, codes.scales, codes.mins, spec.form.group, codes.units, codes.min_units
+        )
     else:
         packed = _core.pack_panel_float(spec.form.kind, floats_of(padded.read(begin, end)))
     if packed.nbytes != spec.panel_bytes(end - begin):
@@ -253,20 +266,27 @@ def _read_codes(source: RowSource, begin: int, end: int) -> Codes:
     """Rows [begin, end) of a quantised source, decoded in slices into one set of arrays."""
     import numpy as np
 
-    form, groups = source.form, -(-source.cols // source.form.group)
-    codes = np.empty((end - begin, source.cols), np.uint8)
-    scales = np.empty((end - begin, groups), np.float16)
-    mins = np.empty_like(scales) if form.has_min else None
+    form, n = source.form, end - begin
+    groups, blocks = -(-source.cols // form.group), -(-source.cols // SUPERBLOCK)
+    scales = np.empty((n, groups), np.int8 if form.products else np.float16)
+    units = np.empty((n, blocks), np.float16) if form.products else None
+    whole = Codes(
+        form,
+        np.empty((n, source.cols), np.uint8),
+        scales,
+        np.empty_like(scales) if form.has_min else None,
+        units,
+        np.empty_like(units) if units is not None and form.has_min else None,
+    )
     step = max(TILE_ROWS, _SLICE_WEIGHTS // source.cols // TILE_ROWS * TILE_ROWS)
     for at in range(begin, end, step):
         last = min(at + step, end)
         part = source.read(at, last)
         assert isinstance(part, Codes)
-        here = slice(at - begin, last - begin)
-        codes[here], scales[here] = part.codes, part.scales
-        if mins is not None and part.mins is not None:
-            mins[here] = part.mins
-    return Codes(form, codes, scales, mins)
+        for to, values in zip(whole.arrays, part.arrays):
+            if to is not None and values is not None:
+                to[at - begin : last - begin] = values
+    return whole
 
 
 def _check_space(fd: int, nbytes: int) -> None:
