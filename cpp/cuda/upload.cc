@@ -55,7 +55,10 @@ void expand_run(WeightKind kind, const uint8_t* run, int R, uint8_t* out) {
 }
 
 void expand_panel(const PanelMatrix& m, const uint8_t* in, int R, uint8_t* out) {
-  const size_t head = m.slab_head_bytes(R);
+  const size_t units = m.units_bytes(R), head = m.slab_head_bytes(R);
+  if (units) std::memcpy(out, in, units);
+  in += units;
+  out += units;
   for (int s = 0; s < m.slabs(); s++) {
     std::memcpy(out, in, head);
     in += head;
@@ -135,6 +138,7 @@ DeviceMatrix::DeviceMatrix(const std::vector<PanelMatrix>& parts, const float* a
     p.store = store_of(m.kind);
     p.has_min = m.has_min;
     p.group = m.group;
+    p.unit_slabs = m.unit_slabs;
     p.bias = is_quantised(m.kind) ? code_bias(m.kind) : 0;
     p.rows = m.rows;
     p.cols = m.cols;
@@ -148,7 +152,7 @@ DeviceMatrix::DeviceMatrix(const std::vector<PanelMatrix>& parts, const float* a
     w.y_rows += m.padded_rows();
     w.bytes += data.bytes();
     (is_quantised(m.kind) ? w.quantised : w.floating) = true;
-    if (is_quantised(m.kind)) w.head_bytes += size_t(m.slabs()) * m.slab_head_bytes(m.padded_rows());
+    if (is_quantised(m.kind)) w.head_bytes += m.heads_bytes(m.padded_rows());
     row += m.rows;
     data_.push_back(std::move(data));
   }

@@ -20,7 +20,10 @@ namespace {
 const Layout kLayouts[] = {{WeightKind::q4, 32, false}, {WeightKind::q4, 32, true},  {WeightKind::q4, 16, false},
                            {WeightKind::q4, 16, true},  {WeightKind::q5, 32, true},  {WeightKind::q6, 16, false},
                            {WeightKind::q6, 32, true},  {WeightKind::q8, 32, false}, {WeightKind::q8, 16, true},
-                           {WeightKind::f32, 32, false}, {WeightKind::f16, 32, false}, {WeightKind::bf16, 32, false}};
+                           {WeightKind::f32, 32, false}, {WeightKind::f16, 32, false}, {WeightKind::bf16, 32, false},
+                           {WeightKind::q4, 32, true, true}, {WeightKind::q4, 16, false, true},
+                           {WeightKind::q5, 32, true, true}, {WeightKind::q6, 16, false, true},
+                           {WeightKind::q8, 32, false, true}};
 
 std::vector<float> run_gemv(cudaStream_t s, const cuda::Matrix& w, const DeviceInput& x, int splits) {
   const cuda::GemvPlan plan = {splits};
@@ -72,7 +75,7 @@ TEST_CASE("gemv: equals generic for every kind of weight, however it is cut") {
   for (const Layout& l : kLayouts)
     for (const auto& shape : kShapes) {
       const int panel = is_quantised(l.kind) ? shape[2] : 64;
-      RandomMatrix w(l.kind, shape[0], shape[1], l.group, l.min, panel, rng, shape[0] == 200);
+      RandomMatrix w(l.kind, shape[0], shape[1], l.group, l.min, panel, rng, shape[0] == 200, l.units);
       const auto add = random_vector(size_t(shape[0]), rng);
       const cuda::DeviceMatrix device({w.view}, add.data(), "a test");
       const auto x = random_vector(size_t(shape[1]), rng);
@@ -117,7 +120,7 @@ TEST_CASE("gemv: leaving columns out gives the bits of the dense product of the 
   for (const Layout& l : kLayouts) {
     if (!is_quantised(l.kind)) continue;
     for (double density : {1.0, 0.5, 0.07, 0.0}) {
-      RandomMatrix w(l.kind, 330, 416, l.group, l.min, 128, rng);
+      RandomMatrix w(l.kind, 330, 416, l.group, l.min, 128, rng, false, l.units);
       const cuda::DeviceMatrix device({w.view}, nullptr, "a test");
       const auto x = random_vector(416, rng);
       std::vector<float> sizes;
@@ -153,8 +156,8 @@ TEST_CASE("gemm: bit-equal to generic for every kind of weight") {
   std::mt19937 rng = fresh(5);
   for (const Layout& l : kLayouts)
     for (int n : {1, 5, 70}) {
-      const int rows = n == 5 ? 330 : 120, cols = n == 70 ? 64 : 160;
-      RandomMatrix w(l.kind, rows, cols, l.group, l.min, is_quantised(l.kind) ? 128 : 64, rng);
+      const int rows = n == 5 ? 330 : 120, cols = n == 70 ? 64 : l.units ? 320 : 160;
+      RandomMatrix w(l.kind, rows, cols, l.group, l.min, is_quantised(l.kind) ? 128 : 64, rng, false, l.units);
       const auto add = random_vector(size_t(rows), rng);
       const cuda::DeviceMatrix device({w.view}, n == 5 ? nullptr : add.data(), "a test");
       const auto x = random_vector(size_t(n) * size_t(cols), rng);

@@ -53,12 +53,12 @@ struct PanelSource {
   int tile, group, column, parts;
   unsigned run, scale_R;
   size_t slab_bytes, scale_slab;
-  const uint8_t *codes, *scales;
+  const uint8_t *codes, *scales, *units;
+  const Part& m;
   bool has_scale;
   unsigned w[kPerThread];
 
-  __device__ PanelSource(const GemmArgs& a, int tid, int first_tile) {
-    const Part& m = a.m;
+  __device__ PanelSource(const GemmArgs& a, int tid, int first_tile) : m(a.m) {
     parts = 32 / m.group;
     tile = tid % (2 * kWords) / kWords;
     group = tid % kWords;
@@ -67,14 +67,15 @@ struct PanelSource {
     const uint8_t* panel = place(m, min(first_tile + tile, m.tiles - 1), &R, &in_panel);
     run = unsigned(m.run_bytes(R));
     slab_bytes = m.slab_bytes(R);
-    codes = panel + size_t(parts) * (m.has_min ? 2 : 1) * 2 * size_t(R) + size_t(kBytes ? in_panel : in_panel / 2) +
-            4 * size_t(group);
+    codes = panel + m.units_bytes(R) + m.head_bytes(R) + size_t(kBytes ? in_panel : in_panel / 2) + 4 * size_t(group);
     // Scales: thread tid brings that of row tid % 128 in group tid / 128.
     const int row = tid % kRows, part = tid / kRows;
     panel = place(m, min(first_tile + row / kTileRows, m.tiles - 1), &R, &in_panel);
     scale_R = unsigned(R);
     scale_slab = m.slab_bytes(R);
-    scales = panel + 2 * (size_t(part) * R + size_t(in_panel + row % kTileRows));
+    const size_t in_plane = size_t(in_panel + row % kTileRows);
+    units = panel + 2 * in_plane;
+    scales = panel + m.units_bytes(R) + size_t(m.scale_bytes()) * (size_t(part) * R + in_plane);
     has_scale = part < parts;
   }
   static __device__ const uint8_t* place(const Part& m, int tile, int* R, int* in_panel) {
@@ -89,12 +90,16 @@ struct PanelSource {
       w[i] = __ldg(
           reinterpret_cast<const unsigned*>(codes + size_t(s) * slab_bytes + unsigned(column + i * kColumnStep) * run));
   }
-  __device__ float scale(int s) const {
-    return has_scale ? from_half(load_u16(scales + size_t(s) * scale_slab)) : 0.0f;
+  // plane 0: scales, 1: minima.
+  __device__ float scale_of(int s, int plane) const {
+    if (!has_scale) return 0.0f;
+    const uint8_t* at = scales + size_t(s) * scale_slab + size_t(plane * parts * m.scale_bytes()) * scale_R;
+    if (!m.unit_slabs) return from_half(load_u16(at));
+    const float unit = from_half(load_u16(units + m.unit_offset(s, int(scale_R)) + size_t(plane * 2) * scale_R));
+    return __fmul_rn(float(int(int8_t(__ldg(at)))), unit);
   }
-  __device__ float low(int s) const {
-    return has_scale ? from_half(load_u16(scales + size_t(s) * scale_slab + size_t(parts) * 2 * scale_R)) : 0.0f;
-  }
+  __device__ float scale(int s) const { return scale_of(s, 0); }
+  __device__ float low(int s) const { return scale_of(s, 1); }
   __device__ void put(signed char* ws) const {
 #pragma unroll
     for (int i = 0; i < kPerThread; i++) {

@@ -32,6 +32,15 @@ __device__ __forceinline__ Halves4 floats_of(uint2 u) {
            from_half(uint16_t(u.y >> 16))}};
 }
 
+// Four scales: halves, or int8 codes in units of them; the products are exact.
+__device__ __forceinline__ Halves4 in_units(uint2 halves, unsigned codes, const Part& m) {
+  Halves4 out = floats_of(halves);
+  if (!m.unit_slabs) return out;
+#pragma unroll
+  for (int k = 0; k < 4; k++) out.f[k] = __fmul_rn(float(int(int8_t(codes >> 8 * k & 255))), out.f[k]);
+  return out;
+}
+
 // One row's share of a scale group, in the order of kernels/table.h.
 __device__ __forceinline__ float add_group(float y, int sum, float scale, float min, int has_min, int bias,
                                            float x_scale, float x_total) {
@@ -46,7 +55,7 @@ template <bool kBytes>
 struct Place {
   static constexpr int kLanes = kBytes ? 16 : 8;
   int at, row, R, parts;
-  const uint8_t* panel;
+  const uint8_t *panel, *units;  // the slabs, and where they have units those of this lane's first row
   size_t slab_bytes;
   unsigned run, minima, column;  // inside a slab 32 bits suffice, and save registers
 
@@ -59,11 +68,13 @@ struct Place {
     row = tile * kTileRows - first;
     R = min(m.panel_rows, m.tiles * kTileRows - first);
     parts = 32 / m.group;
-    panel = m.data + size_t(first / m.panel_rows) * m.panel_bytes(m.panel_rows);
+    units = m.data + size_t(first / m.panel_rows) * m.panel_bytes(m.panel_rows);
+    panel = units + m.units_bytes(R);
+    units += 2 * (row + at * 4);
     slab_bytes = m.slab_bytes(R);
     run = unsigned(m.run_bytes(R));
-    minima = unsigned(parts * 2 * R);
-    column = unsigned(parts * (m.has_min ? 2 : 1) * 2 * R + (kBytes ? row : row / 2) + at * 4);
+    minima = unsigned(parts * m.scale_bytes() * R);
+    column = unsigned(m.head_bytes(R)) + unsigned((kBytes ? row : row / 2) + at * 4);
   }
 };
 
@@ -74,7 +85,7 @@ __device__ __forceinline__ void fetch_early(const Part& m, int group, int begin,
   const Place<kBytes> p(m, group);
   for (int i = 0, s = begin; i < kEarlySlabs && s < m.slabs; i++, s += step) {
     const uint8_t* slab = p.panel + size_t(s) * p.slab_bytes;
-    prefetch(slab + 2 * (p.row + p.at * 4));
+    prefetch(slab + m.scale_bytes() * (p.row + p.at * 4));
     for (int c = 0; c < 32; c++) prefetch(slab + (p.column + unsigned(c) * p.run));
   }
 }
@@ -113,13 +124,23 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
       const unsigned cs[4] = {c4.x, c4.y, c4.z, c4.w};
       const bool ends = half == 1 || parts == 2;  // a scale group
       const int p = parts == 1 ? 0 : half;
-      uint2 scales[kSets] = {}, lows[kSets] = {};
+      uint2 scales[kSets] = {}, lows[kSets] = {};  // halves: scales, or the units of scale_codes
+      unsigned scale_codes[kSets] = {}, low_codes[kSets] = {};
       const auto load_scales = [&] {
 #pragma unroll
         for (int set = 0; set < kSets; set++) {
           const unsigned at_row = unsigned(p * R + row + at * 4 + 32 * set);
-          scales[set] = load_halves(slab + 2 * at_row);
-          if (m.has_min) lows[set] = load_halves(slab + minima + 2 * at_row);
+          if (m.unit_slabs) {
+            const uint8_t* units = place.units + (m.unit_offset(s, R) + size_t(64 * set));
+            scales[set] = load_halves(units);
+            scale_codes[set] = __ldg(reinterpret_cast<const unsigned*>(slab + at_row));
+            if (!m.has_min) continue;
+            lows[set] = load_halves(units + 2 * size_t(R));
+            low_codes[set] = __ldg(reinterpret_cast<const unsigned*>(slab + (minima + at_row)));
+          } else {
+            scales[set] = load_halves(slab + 2 * at_row);
+            if (m.has_min) lows[set] = load_halves(slab + (minima + 2 * at_row));
+          }
         }
       };
       if (kList && ends) load_scales();
@@ -161,7 +182,7 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
       const float x_total = __fmul_rn(x_scale, float(x_sum));
 #pragma unroll
       for (int set = 0; set < kSets; set++) {
-        const Halves4 scale = floats_of(scales[set]), low = floats_of(lows[set]);
+        const Halves4 scale = in_units(scales[set], scale_codes[set], m), low = in_units(lows[set], low_codes[set], m);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           const int raw = acc[4 * set + k];

@@ -25,9 +25,15 @@ __device__ float weight_at(const Part& m, int row, int c) {
     return __uint_as_float(unsigned(__ldg(reinterpret_cast<const uint16_t*>(panel) + at)) << 16);
   }
   const int parts = 32 / m.group, in_slab = c % 32, part = in_slab / m.group;
-  const uint8_t* slab = panel + size_t(c / 32) * m.slab_bytes(R);
-  const uint8_t* run = slab + size_t(parts) * (m.has_min ? 2 : 1) * 2 * size_t(R) + size_t(in_slab) * m.run_bytes(R);
-  const float scale = half_at(slab, size_t(part) * R + r);
+  const uint8_t* slab = panel + m.units_bytes(R) + size_t(c / 32) * m.slab_bytes(R);
+  const uint8_t* run = slab + m.head_bytes(R) + size_t(in_slab) * m.run_bytes(R);
+  const auto scale_at = [&](int i) {
+    const size_t place = size_t(i) * R + r;
+    if (!m.unit_slabs) return half_at(slab, place);
+    const float unit = half_at(panel + m.unit_offset(c / 32, R), size_t(i / parts) * R + r);
+    return __fmul_rn(float(int(int8_t(__ldg(slab + place)))), unit);
+  };
+  const float scale = scale_at(part);
   int code;  // without its bias
   if (m.store == Store::q8) {
     code = int(__ldg(run + r)) - 128;
@@ -36,7 +42,7 @@ __device__ float weight_at(const Part& m, int row, int c) {
     code = (int(__ldg(run + r / kTileRows * 32 + in_tile % 32)) >> (in_tile / 32 * 4) & 15) - 8;
   }
   if (!m.has_min) return __fmul_rn(scale, float(code));
-  return fmaf(scale, float(code + m.bias), half_at(slab, size_t(parts + part) * R + r));
+  return fmaf(scale, float(code + m.bias), scale_at(parts + part));
 }
 
 __global__ void __launch_bounds__(256) embed_kernel(const EmbedArgs a) {

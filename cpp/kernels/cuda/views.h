@@ -20,6 +20,7 @@ struct Part {
   const uint8_t* data;
   Store store;
   int has_min, group, bias;  // bias: of the file's codes (code_bias)
+  int unit_slabs;            // as PanelMatrix has them
   int rows, cols, slabs, tiles, panel_rows;
   const float* add;          // [rows], added to the outputs, or null
   int y_begin;               // index of its first output; parts begin at whole tiles
@@ -27,11 +28,17 @@ struct Part {
 
   // Bytes of one column's run, and of one slab, of a panel of R rows.
   SR_INLINE size_t run_bytes(int R) const { return store == Store::q4 ? size_t(R) / 2 : size_t(R); }
-  SR_INLINE size_t slab_bytes(int R) const {
-    return size_t(32 / group) * (has_min ? 2 : 1) * 2 * size_t(R) + 32 * run_bytes(R);
+  SR_INLINE int planes() const { return has_min ? 2 : 1; }
+  SR_INLINE int scale_bytes() const { return unit_slabs ? 1 : 2; }
+  SR_INLINE size_t head_bytes(int R) const { return size_t(32 / group) * size_t(planes() * scale_bytes()) * size_t(R); }
+  SR_INLINE size_t slab_bytes(int R) const { return head_bytes(R) + 32 * run_bytes(R); }
+  // Of the units that a panel begins with, and of those of slab s among them.
+  SR_INLINE size_t units_bytes(int R) const {
+    return unit_slabs ? size_t((slabs + unit_slabs - 1) / unit_slabs) * size_t(planes() * 2) * size_t(R) : 0;
   }
+  SR_INLINE size_t unit_offset(int s, int R) const { return size_t(s / unit_slabs) * size_t(planes() * 2) * size_t(R); }
   SR_INLINE size_t panel_bytes(int R) const {
-    if (store == Store::q4 || store == Store::q8) return size_t(slabs) * slab_bytes(R);
+    if (store == Store::q4 || store == Store::q8) return units_bytes(R) + size_t(slabs) * slab_bytes(R);
     return size_t(R) * size_t(cols) * (store == Store::f32 ? 4 : 2);
   }
 };
