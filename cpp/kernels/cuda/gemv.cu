@@ -32,10 +32,11 @@ __device__ __forceinline__ Halves4 floats_of(uint2 u) {
            from_half(uint16_t(u.y >> 16))}};
 }
 
-// Four scales: halves, or int8 codes in units of them; the products are exact.
-__device__ __forceinline__ Halves4 in_units(uint2 halves, unsigned codes, const Part& m) {
-  Halves4 out = floats_of(halves);
-  if (!m.unit_slabs) return out;
+__device__ __forceinline__ unsigned load_word(const uint8_t* p) { return __ldg(reinterpret_cast<const unsigned*>(p)); }
+
+// Four scales that are int8 codes in units of halves; the products are exact.
+__device__ __forceinline__ Halves4 in_units(unsigned codes, const uint8_t* units) {
+  Halves4 out = floats_of(load_halves(units));
 #pragma unroll
   for (int k = 0; k < 4; k++) out.f[k] = __fmul_rn(float(int(int8_t(codes >> 8 * k & 255))), out.f[k]);
   return out;
@@ -124,19 +125,14 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
       const unsigned cs[4] = {c4.x, c4.y, c4.z, c4.w};
       const bool ends = half == 1 || parts == 2;  // a scale group
       const int p = parts == 1 ? 0 : half;
-      uint2 scales[kSets] = {}, lows[kSets] = {};  // halves: scales, or the units of scale_codes
-      unsigned scale_codes[kSets] = {}, low_codes[kSets] = {};
+      uint2 scales[kSets] = {}, lows[kSets] = {};  // halves, or in x the codes of products
       const auto load_scales = [&] {
 #pragma unroll
         for (int set = 0; set < kSets; set++) {
           const unsigned at_row = unsigned(p * R + row + at * 4 + 32 * set);
           if (m.unit_slabs) {
-            const uint8_t* units = place.units + (m.unit_offset(s, R) + size_t(64 * set));
-            scales[set] = load_halves(units);
-            scale_codes[set] = __ldg(reinterpret_cast<const unsigned*>(slab + at_row));
-            if (!m.has_min) continue;
-            lows[set] = load_halves(units + 2 * size_t(R));
-            low_codes[set] = __ldg(reinterpret_cast<const unsigned*>(slab + (minima + at_row)));
+            scales[set].x = load_word(slab + at_row);
+            if (m.has_min) lows[set].x = load_word(slab + (minima + at_row));
           } else {
             scales[set] = load_halves(slab + 2 * at_row);
             if (m.has_min) lows[set] = load_halves(slab + (minima + 2 * at_row));
@@ -182,7 +178,15 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
       const float x_total = __fmul_rn(x_scale, float(x_sum));
 #pragma unroll
       for (int set = 0; set < kSets; set++) {
-        const Halves4 scale = in_units(scales[set], scale_codes[set], m), low = in_units(lows[set], low_codes[set], m);
+        Halves4 scale, low = {{0, 0, 0, 0}};
+        if (m.unit_slabs) {  // asked for only now: eight slabs share them
+          const uint8_t* units = place.units + (m.unit_offset(s, R) + size_t(64 * set));
+          scale = in_units(scales[set].x, units);
+          if (m.has_min) low = in_units(lows[set].x, units + 2 * size_t(R));
+        } else {
+          scale = floats_of(scales[set]);
+          low = floats_of(lows[set]);
+        }
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           const int raw = acc[4 * set + k];
