@@ -83,6 +83,7 @@ std::vector<std::pair<const char*, TinySpec>> variants() {
     v.push_back({name, s});
   };
   add("q4 with minima, tied", [](TinySpec&) {});
+  add("scales that are products", [](TinySpec& s) { s.units = true; });
   add("untied, q8", [](TinySpec& s) { s.tied = false; s.kind = "q8"; s.has_min = false; });
   add("floats", [](TinySpec& s) { s.kind = "f16"; s.tied = false; });
   add("parts, biases, not gated", [](TinySpec& s) {

@@ -41,7 +41,8 @@ std::vector<std::pair<const char*, TinySpec>> variants() {
     v.push_back({name, s});
   };
   add("q4 with minima", [](TinySpec&) {});
-  add("zeros, q5 and q6", [](TinySpec& s) {
+  add("zeros, q5 and q6, products", [](TinySpec& s) {
+    s.units = true;
     s.activation = "relu";
     s.kinds = {{"ffn_gate_up", "q5"}, {"ffn_down", "q6"}};
     s.has_min = false;
@@ -57,7 +58,8 @@ std::vector<std::pair<const char*, TinySpec>> variants() {
     s.kinds = {{"ffn_gate_up", "f16"}, {"ffn_down", "q8"}};
     s.n_embd = 160;
   });
-  add("wide enough for stretches of columns", [](TinySpec& s) {
+  add("wide enough for stretches of columns, scales that are products", [](TinySpec& s) {
+    s.units = true;
     s.n_layers = 3;
     s.n_embd = 320;
     s.n_ff = 6592;

@@ -34,6 +34,7 @@ inline SafetensorsText neurons_of(TinyModel& tiny, const TinySpec& spec, uint32_
     down.kind = kind_of(at + "ffn_down");
     down.has_min = spec.has_min;
     down.group = spec.group;
+    down.unit_slabs = spec.units ? sr::kUnitSlabs : 0;
     down.rows = spec.n_embd;
     down.cols = spec.n_ff;
     down.panel_rows = 128;
@@ -50,7 +51,7 @@ inline SafetensorsText neurons_of(TinyModel& tiny, const TinySpec& spec, uint32_
       size_t panel = 0;
       for (int r = 0; r < down.padded_rows(); r += down.panel_rows) {
         const int R = std::min(down.panel_rows, down.padded_rows() - r);
-        const size_t slab = panel + size_t(i / sr::kSlabCols) * down.slab_bytes(R) + down.slab_head_bytes(R);
+        const size_t slab = panel + down.units_bytes(R) + size_t(i / sr::kSlabCols) * down.slab_bytes(R) + down.slab_head_bytes(R);
         record += of_down.substr(slab + size_t(i % sr::kSlabCols) * down.run_bytes(R), down.run_bytes(R));
         panel += down.panel_bytes(R);
       }
@@ -59,8 +60,10 @@ inline SafetensorsText neurons_of(TinyModel& tiny, const TinySpec& spec, uint32_
     size_t panel = 0;
     for (int r = 0; r < down.padded_rows(); r += down.panel_rows) {
       const int R = std::min(down.panel_rows, down.padded_rows() - r);
+      const size_t units = down.units_bytes(R);
+      heads += of_down.substr(panel, units);
       for (int s = 0; s < down.slabs(); s++) {
-        heads += of_down.substr(panel + size_t(s) * down.slab_bytes(R), down.slab_head_bytes(R));
+        heads += of_down.substr(panel + units + size_t(s) * down.slab_bytes(R), down.slab_head_bytes(R));
       }
       panel += down.panel_bytes(R);
     }
