@@ -80,8 +80,11 @@ struct RandomMatrix {
         for (int i = 0; i < n * cols; i += 7) {
           const int row = i / cols, g = i % cols / group;
           const size_t at = size_t(row) * groups + g, block = size_t(row) * blocks + i % cols / 256;
-          const float s = units ? float(scale_codes[at]) * sr::f16_to_f32(of_scales[block]) : sr::f16_to_f32(scales[at]);
-          const float low = units ? float(min_codes[at]) * sr::f16_to_f32(of_mins[block]) : sr::f16_to_f32(mins[at]);
+          float s = sr::f16_to_f32(scales[at]), low = sr::f16_to_f32(mins[at]);
+          if (units) {
+            s = float(scale_codes[at]) * sr::f16_to_f32(of_scales[block]);
+            low = float(min_codes[at]) * sr::f16_to_f32(of_mins[block]);
+          }
           const float u = float(codes[i]);
           const float want = has_min ? std::fma(s, u, low)
                                      : s * (u - float(sr::code_bias(kind)));

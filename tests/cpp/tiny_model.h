@@ -211,8 +211,9 @@ class TinyModel {
       records.gated = gate_up;
       records.neurons = gate_up ? n / 2 : n;
       records.cols = cols;
-      const size_t panel_bytes = by_neuron ? 0 : sr::panel_bytes(k, n, cols, group, quantised && spec_.has_min, units ? sr::kUnitSlabs : 0);
-      std::string blob(by_neuron ? records.total_bytes() : panel_bytes, '\0');
+      const bool minima = quantised && spec_.has_min;
+      std::string blob(by_neuron ? records.total_bytes()
+                                 : sr::panel_bytes(k, n, cols, group, minima, units ? sr::kUnitSlabs : 0), '\0');
       auto* out = reinterpret_cast<uint8_t*>(&blob[0]);
       if (quantised) {
         const float top = float((1 << sr::code_bits(k)) - 1);
@@ -243,9 +244,9 @@ class TinyModel {
             of_scales[i] = sr::f32_to_f16(unit);
             of_mins[i] = sr::f32_to_f16(unit * top / 2);
           }
-          const int8_t* minima = spec_.has_min ? min_codes.data() : nullptr;
-          sr::pack_panel(k, codes.data(), {scale_codes.data(), minima, of_scales.data(), of_mins.data()}, n, cols, group,
-                         out);
+          const sr::UnitScales in_units = {scale_codes.data(), minima ? min_codes.data() : nullptr, of_scales.data(),
+                                           of_mins.data()};
+          sr::pack_panel(k, codes.data(), in_units, n, cols, group, out);
         } else {
           sr::pack_panel(k, codes.data(), scales.data(), with_min, n, cols, group, out);
         }

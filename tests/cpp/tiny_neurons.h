@@ -51,7 +51,8 @@ inline SafetensorsText neurons_of(TinyModel& tiny, const TinySpec& spec, uint32_
       size_t panel = 0;
       for (int r = 0; r < down.padded_rows(); r += down.panel_rows) {
         const int R = std::min(down.panel_rows, down.padded_rows() - r);
-        const size_t slab = panel + down.units_bytes(R) + size_t(i / sr::kSlabCols) * down.slab_bytes(R) + down.slab_head_bytes(R);
+        const size_t slabs = panel + down.units_bytes(R),
+                     slab = slabs + size_t(i / sr::kSlabCols) * down.slab_bytes(R) + down.slab_head_bytes(R);
         record += of_down.substr(slab + size_t(i % sr::kSlabCols) * down.run_bytes(R), down.run_bytes(R));
         panel += down.panel_bytes(R);
       }

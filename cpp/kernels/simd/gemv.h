@@ -105,7 +105,8 @@ struct TileRange {
 SR_INLINE TileRange tiles_at(const PanelMatrix& w, int tile, int tile_end) {
   if (tile >= tile_end) return {nullptr, 0, 0, 0, nullptr, nullptr};
   const TilePlace at = place_tile(w, tile);
-  return {at.panel, at.R, at.row, std::min(tile_end - tile, (at.R - at.row) / kTileRows), at.runs, at.units};
+  const int tiles = std::min(tile_end - tile, (at.R - at.row) / kTileRows);
+  return {at.panel, at.R, at.row, tiles, at.runs, at.units};
 }
 
 // Bytes that are asked for ahead of the slab being computed, at least: in flight or in L2. And those asked for before
@@ -114,8 +115,8 @@ constexpr int kAheadBytes = 32 * 1024;
 constexpr int kStartBytes = 8 * 1024;
 
 // Walks through what one call reads, in its order, and asks memory for it: per slab the scales (before the first of a
-// unit's slabs the units), then the runs of active columns, each as a whole and in address order, so that the memory sees long sequential requests. A slab without
-// active columns is not touched.
+// unit's slabs the units), then the runs of active columns, each as a whole and in address order, so that the memory
+// sees long sequential requests. A slab without active columns is not touched.
 template <class V, int BITS, bool MIN, int GROUP>
 class ReadAhead {
  public:
