@@ -37,7 +37,7 @@ void unpack_scales(const uint8_t* slab, const uint16_t* units, const TilePlace& 
   for (int p = 0; p < kParts; ++p)
     for (int k = 0; k < kTileRows; k += V::kLanes) {
       const auto plane = [&](int i) {
-        return Scales(slab + (size_t(i) * at.R + at.row) * kBytes, UNITS ? units + size_t(i / kParts) * at.R : nullptr);
+        return Scales{slab + (size_t(i) * at.R + at.row) * kBytes, UNITS ? units + size_t(i / kParts) * at.R : nullptr};
       };
       const auto sc = load_scales<V, UNITS>(plane(p), k);
       V::store(scale + p * kTileRows + k, sc);

@@ -71,8 +71,6 @@ struct Panel {
 struct Scales {
   const uint8_t* at;
   const uint16_t* units;
-
-  SR_INLINE Scales(const uint8_t* first, const uint16_t* of) : at(first), units(of) {}
 };
 template <class V, bool UNITS>
 inline typename V::F load_scales(const Scales& s, int k) {
@@ -325,8 +323,9 @@ int gemv_tiles(const PanelMatrix& w, const QuantVector& x, const ActiveColumns* 
       const int quads = plan.quads[p];
       if (quads == 0) continue;
       const int32_t sum = kParts == 1 ? x.sum[2 * s] + x.sum[2 * s + 1] : x.sum[2 * s + p];
-      SlabPart part{Scales(slab + (size_t(p) * R + at.row) * scale_bytes, units),
-                    Scales(slab + (size_t(kParts + p) * R + at.row) * scale_bytes, units ? units + R : nullptr)};
+      SlabPart part;
+      part.scale = {slab + (size_t(p) * R + at.row) * scale_bytes, units};
+      part.min = {slab + (size_t(kParts + p) * R + at.row) * scale_bytes, units ? units + R : nullptr};
       part.low = runs + size_t(at.row / kTileRows) * P::kLow;
       part.high = runs + R / 2 + size_t(at.row / kTileRows) * P::kHigh;
       part.off = plan.off + 4 * first;
