@@ -91,7 +91,7 @@ __device__ __forceinline__ void fetch_early(const Part& m, int group, int begin,
   }
 }
 
-template <bool kBytes, bool kList>
+template <bool kBytes, bool kList, bool kUnits>
 __device__ __forceinline__ void product(const Part& m, const Vectors& x, int group, int begin, int step, float* y) {
   constexpr int kSets = kBytes ? 1 : 2;
   const Place<kBytes> place(m, group);
@@ -130,7 +130,7 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
 #pragma unroll
         for (int set = 0; set < kSets; set++) {
           const unsigned at_row = unsigned(p * R + row + at * 4 + 32 * set);
-          if (m.unit_slabs) {
+          if (kUnits && m.unit_slabs) {
             scales[set].x = load_word(slab + at_row);
             if (m.has_min) lows[set].x = load_word(slab + (minima + at_row));
           } else {
@@ -179,7 +179,7 @@ __device__ __forceinline__ void product(const Part& m, const Vectors& x, int gro
 #pragma unroll
       for (int set = 0; set < kSets; set++) {
         Halves4 scale, low = {{0, 0, 0, 0}};
-        if (m.unit_slabs) {  // asked for only now: eight slabs share them
+        if (kUnits && m.unit_slabs) {  // asked for only now: eight slabs share them
           const uint8_t* units = place.units + (m.unit_offset(s, R) + size_t(64 * set));
           scale = in_units(scales[set].x, units);
           if (m.has_min) low = in_units(lows[set].x, units + 2 * size_t(R));
@@ -224,6 +224,8 @@ __device__ __forceinline__ void product_float(const Part& m, const float* x, int
   }
 }
 
+// kUnits: some part's scales are products. A kernel of its own, so that others do not pay for its registers.
+template <bool kUnits>
 __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const GemvArgs a) {
   SR_SHARED(float, red, kWarps * kRedRows);
   SR_SHARED(int, last, 1);
@@ -247,8 +249,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const Gemv
       list = bool(a.mask.at(pos)) & (kept <= a.mask.limit);
     }
     if (m.store == Store::q4) {
-      if (list) product<false, true>(m, a.x, group, begin, step, y);
-      else product<false, false>(m, a.x, group, begin, step, y);
+      if (list) product<false, true, kUnits>(m, a.x, group, begin, step, y);
+      else product<false, false, kUnits>(m, a.x, group, begin, step, y);
       const int at = lane / 8 * kTileRows + lane % 8 * 4;
 #pragma unroll
       for (int k = 0; k < 4; k++) {
@@ -256,8 +258,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const Gemv
         out[at + 32 + k] = y[4 + k];
       }
     } else {
-      if (list) product<true, true>(m, a.x, group, begin, step, y);
-      else product<true, false>(m, a.x, group, begin, step, y);
+      if (list) product<true, true, kUnits>(m, a.x, group, begin, step, y);
+      else product<true, false, kUnits>(m, a.x, group, begin, step, y);
 #pragma unroll
       for (int k = 0; k < 4; k++) out[lane * 4 + k] = y[k];
     }
@@ -330,7 +332,9 @@ GemvPlan plan_gemv(const Matrix& w, int multiprocessors) {
 
 cudaError_t code_for_device(int* machine, int* ptx) {
   cudaFuncAttributes a = {};
-  const cudaError_t found = cudaFuncGetAttributes(&a, gemv_kernel);
+  // Both are asked for, which loads them: the first launch may be in a capture.
+  cudaError_t found = cudaFuncGetAttributes(&a, gemv_kernel<true>);
+  if (found == cudaSuccess) found = cudaFuncGetAttributes(&a, gemv_kernel<false>);
   *machine = a.binaryVersion;
   *ptx = a.ptxVersion;
   return found;
@@ -347,7 +351,11 @@ size_t gemv_partial_most(int groups, int multiprocessors) {
 void gemv(cudaStream_t s, const Matrix& w, const Vectors& x, const Mask& mask, const GemvPlan& plan,
           const GemvScratch& scratch, const Step* step, float* y) {
   const GemvArgs a = {w, x, mask, plan.splits, scratch.partial, scratch.tickets, step, y, OverlapLaunches::active()};
-  launch("gemv", gemv_kernel, dim3(unsigned(w.groups), unsigned(plan.splits)), dim3(kWarps * 32), 0, s, a);
+  bool units = false;
+  for (int p = 0; p < w.n_parts; p++) units |= w.part[p].unit_slabs != 0;
+  const dim3 blocks(unsigned(w.groups), unsigned(plan.splits));
+  if (units) launch("gemv, products", gemv_kernel<true>, blocks, dim3(kWarps * 32), 0, s, a);
+  else launch("gemv", gemv_kernel<false>, blocks, dim3(kWarps * 32), 0, s, a);
 }
 
 }  // namespace cuda
