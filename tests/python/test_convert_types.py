@@ -14,6 +14,7 @@ from sparse_run import _core
 from sparse_run.convert.codes import SUPERBLOCK, Codes, Form, common_form
 from sparse_run.convert.layout import MOST_ROWS, Linear, choose_panel_rows, choose_tall_rows, round_up
 from sparse_run.convert.quant_types import TENSOR_TYPES, TensorType
+from sparse_run.errors import ModelError
 
 TYPES = {t.name: t for t in TENSOR_TYPES.values()}
 EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"]
@@ -81,6 +82,16 @@ def test_k_types_are_exact_and_plain_differs_only_by_the_rounding_of_scales_to_h
     assert (np.abs(got - expected) <= bound + 1e-12).all()
     assert np.abs(got - expected).max() < 2e-3 * np.abs(expected).max()
     assert np.abs(got).max() > 0
+
+
+@pytest.mark.parametrize("name", K_TYPES)
+def test_a_product_that_no_half_holds_is_exact_in_panels_and_refused_elsewhere(name: str) -> None:
+    kind = TYPES[name]
+    data = random_blocks(kind, 64, 1, seed=7, low=600)  # up to 60000, times the integers
+    rows = kind.decode(data)
+    assert isinstance(rows, Codes) and rows.finite and np.isfinite(unpacked(rows)).all()
+    with pytest.raises(ModelError, match="does not fit into 16 bits"):
+        rows.to(kind.form.plain)
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])

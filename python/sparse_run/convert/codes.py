@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Union
 
+from ..errors import ModelError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -89,11 +91,14 @@ class Codes:
 
     @property
     def plain(self) -> Codes:
-        """With a half for every scale, rounded where it is a product."""
+        """With a half for every scale, rounded where it is a product. Raises ModelError where one is too large for that."""
         if not self.form.products:
             return self
         scales, mins = self._float_scales()
-        return Codes(self.form.plain, self.codes, _half(scales), None if mins is None else _half(mins))
+        out = Codes(self.form.plain, self.codes, _half(scales), None if mins is None else _half(mins))
+        if not out.finite:
+            raise ModelError("a scale of these weights does not fit into 16 bits; the file is damaged, fetch it again")
+        return out
 
     def _float_scales(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Scales and minima, exact."""
