@@ -18,6 +18,7 @@ from packed_reader import read_packed
 from sparse_run import _core
 from sparse_run.convert import convert
 from sparse_run.convert.layout import LAYOUTS, by_neuron
+from sparse_run.convert.neuron_file import write_neuron_file
 from sparse_run.errors import UsageError
 from sparse_run.packed_header import read_header
 
@@ -132,3 +133,27 @@ def test_damaged_records_are_refused(tmp_path: Path) -> None:
         (tmp_path / "bad" / "weights.safetensors").write_bytes(sound.replace(old, new, 1))
         with pytest.raises(ModelError, match="ffn_gate_up"):
             _core.Model(str(tmp_path / "bad"), 1)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_single_neurons_and_heads_hold_all_of_down(kind: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    shape = LlamaShape(n_layers=1, n_embd=256, n_heads=4, n_kv_heads=2, head_dim=64, n_ff=512, n_vocab=300)
+    write_mixed(tmp_path / "m.gguf", shape, {"": "Q8_0", "ffn_down": kind})
+    packed = tmp_path / "m"
+    convert(tmp_path / "m.gguf", packed, layout="neurons")
+    ids = np.random.default_rng(5).permutation(512)
+    tensors = load_file(write_neuron_file(packed, ids[None]))
+    part = read_header(packed).parts["Z"][0][0]
+    m = part.layout
+    assert ("superblock" in m) == kind.endswith("_K") and m["panel_rows"] >= m["rows"]
+    blob = np.fromfile(packed / "weights.safetensors", np.uint8)[part.begin : part.end]
+    # Records: a gate and an up row of Q8_0, then the column's run. Heads: units, then the head of each of 16 slabs.
+    rows, run = 2 * -(-256 * 34 // 32 // 64) * 64, 256 * int(m["kind"][1:]) // 8
+    records = tensors["layers.0.ffn_records"].reshape(512, -1)[tensors["layers.0.ffn_positions"].view("<u4")]
+    runs = records[:, rows : rows + run].reshape(16, -1)
+    heads, planes = tensors["layers.0.ffn_heads"], 2 if m["min"] else 1
+    units = 2 * planes * 256 * 2 if "superblock" in m else 0
+    slabs = np.concatenate([heads[units:].reshape(16, -1), runs], 1)
+    np.testing.assert_array_equal(np.concatenate([heads[:units], slabs.reshape(-1)]), blob)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..packed_header import PackedHeader, Part, read_header
-from .layout import ALIGNMENT, PAD_PREFIX, round_up
+from .codes import SLAB_COLS, TILE_ROWS, Form
+from .layout import ALIGNMENT, PAD_PREFIX, Linear, round_up
 from .staging import write_error
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 NEURON_FILE = "neurons.safetensors"
 _VERSION = "1"
-_TILE, _SLAB, _LINE = 64, 32, 64
+_LINE = 64
 _ORDER_CHUNKS, _CONTEXT = 16, 512  # of the text by which neurons are ordered
 
 
@@ -126,18 +127,15 @@ class _Layer:
         self.rows: Part = rows[0]
         self.down: Part = down[0]
         r, d = self.rows.layout, self.down.layout
-        bits = {"q4": 4, "q5": 5, "q6": 6, "q8": 8, "f32": 32, "f16": 16, "bf16": 16}
         self.rows_each = 2 if r["gated"] else 1
-        self.row = (self.rows.end - self.rows.begin) // (round_up(int(r["neurons"]), _TILE) * self.rows_each)
-        self.slabs = round_up(int(d["cols"]), _SLAB) // _SLAB
-        padded, panel = round_up(int(d["rows"]), _TILE), int(d["panel_rows"])
-        self.panels = [min(panel, padded - at) for at in range(0, padded, panel)]
-        products, minima = "superblock" in d, 2 if d["min"] else 1
-        # Bytes a row of a panel: of a slab's scales, and of all their units.
-        self.head = (_SLAB // int(d["group"])) * minima * (1 if products else 2)
-        self.units = -(-int(d["cols"]) // int(d["superblock"])) * minima * 2 if products else 0
-        self.bits = bits[str(d["kind"])]
-        self.head_bytes = (self.units + self.slabs * self.head) * padded
+        self.row = (self.rows.end - self.rows.begin) // (round_up(int(r["neurons"]), TILE_ROWS) * self.rows_each)
+        form = Form(str(d["kind"]), int(d["group"]), bool(d["min"]), "superblock" in d)
+        self.of_down = Linear(int(d["rows"]), int(d["cols"]), form, int(d["panel_rows"]))
+        self.panels = [end - begin for begin, end in self.of_down.panels()]
+        self.bits = form.bits
+        self.slabs = round_up(self.of_down.cols, SLAB_COLS) // SLAB_COLS
+        padded = sum(self.panels)
+        self.head_bytes = (self.of_down.units_each + self.slabs * self.of_down.head_each) * padded
         self.bytes = self.rows_each * self.row + padded * self.bits // 8
         whole = round_up(self.bytes, ALIGNMENT)
         # Where little is lost, a neuron is whole blocks of the file: none is read for two.
@@ -148,22 +146,21 @@ class _Layer:
         import numpy as np
 
         records = np.zeros((n_ff, self.stride), np.uint8)
-        blocks = weights[self.rows.begin : self.rows.end].reshape(-1, self.rows_each, _TILE, self.row)
+        blocks = weights[self.rows.begin : self.rows.end].reshape(-1, self.rows_each, TILE_ROWS, self.row)
         at = 0
         for i in range(self.rows_each):
             records[:, at : at + self.row] = blocks[:, i].reshape(-1, self.row)[:n_ff]
             at += self.row
         heads, begin = [], self.down.begin
         for rows in self.panels:
-            head, run = self.head * rows, rows * self.bits // 8
-            heads.append(weights[begin : begin + self.units * rows])
-            begin += self.units * rows
-            size = self.slabs * (head + _SLAB * run)
-            slabs = weights[begin : begin + size].reshape(self.slabs, head + _SLAB * run)
-            heads.append(slabs[:, :head].reshape(-1))
+            head, run = self.of_down.head_each * rows, rows * self.bits // 8
+            units = self.of_down.units_each * rows
+            panel = weights[begin : begin + self.of_down.panel_bytes(rows)]
+            slabs = panel[units:].reshape(self.slabs, head + SLAB_COLS * run)
+            heads += [panel[:units], slabs[:, :head].reshape(-1)]
             records[:, at : at + run] = slabs[:, head:].reshape(-1, run)[:n_ff]
             at += run
-            begin += size
+            begin += panel.size
         return records, np.concatenate(heads)
 
 
