@@ -23,6 +23,11 @@ void bind_sparsity(py::module_& m);
 void bind_measure(py::module_& m);
 void bind_predictor(py::module_& m);
 
+// UsageError unless columns per scale are 32 or 16.
+void check_group(py::ssize_t group);
+// Slabs that share a unit, from the columns that do; 0 where scales are halves.
+int unit_slabs_of(py::ssize_t superblock);
+
 // The array in C order, of this dtype kind ('f', 'u', 'i'), item size and number of dimensions, or UsageError.
 inline py::array checked_array(const py::array& a, char kind, int itemsize, int ndim, const char* name) {
   if (a.dtype().kind() != kind || a.dtype().itemsize() != itemsize || a.ndim() != ndim) {

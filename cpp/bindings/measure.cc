@@ -30,9 +30,7 @@ template <class Shape>
 void set_form(Shape* shape, const std::string& kind, py::ssize_t group, bool has_min, const std::string& wrong) {
   shape->kind = weight_kind_from_name(kind);
   if (!is_quantised(shape->kind)) throw Error(ErrorCode::usage, wrong);
-  if (group != 32 && group != 16) {
-    throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
-  }
+  check_group(group);
   shape->group = int(group);
   shape->has_min = has_min;
 }
@@ -59,8 +57,7 @@ class MemoryBench {
     shape.cols = in_range("cols", cols, 1, kMaxSide);
     shape.panel_rows = in_range("panel_rows", panel_rows, kTileRows, kMaxSide);
     if (panel_rows % kTileRows) throw Error(ErrorCode::usage, "panel_rows must be a multiple of 64");
-    if (superblock % kSlabCols) throw Error(ErrorCode::usage, "superblock must be a multiple of 32");
-    shape.unit_slabs = in_range("superblock", superblock, 0, kMaxSide) / kSlabCols;
+    shape.unit_slabs = unit_slabs_of(superblock);
     if (shared) shape.set_stretches(stretches_that_pay(shape.rows, shape.cols));
     std::lock_guard<std::mutex> lock(mutex_);
     return time_columns(pool_, bank_, shape, density_in_range(density));
@@ -98,8 +95,7 @@ void bind_measure(py::module_& m) {
             ColumnTimes t;
             {
               py::gil_scoped_release release;
-              t = self.columns(kind, group, has_min, rows, cols, panel_rows, density, shared_columns,
-                               superblock);
+              t = self.columns(kind, group, has_min, rows, cols, panel_rows, density, shared_columns, superblock);
             }
             py::dict d;
             d["dense_seconds"] = t.dense;

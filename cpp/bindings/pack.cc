@@ -8,6 +8,22 @@
 #include "model/linear.h"
 
 namespace sr {
+
+void check_group(py::ssize_t group) {
+  if (group != 32 && group != 16) {
+    throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
+  }
+}
+
+int unit_slabs_of(py::ssize_t superblock) {
+  constexpr int kColumns = kUnitSlabs * kSlabCols;
+  if (superblock != 0 && superblock != kColumns) {
+    throw Error(ErrorCode::usage, "superblock must be 0 or " + std::to_string(kColumns) + ", got " +
+                                      std::to_string(superblock));
+  }
+  return int(superblock) / kSlabCols;
+}
+
 namespace {
 
 constexpr py::ssize_t kMaxSide = py::ssize_t(1) << 24;
@@ -16,19 +32,8 @@ void check_sides(WeightKind kind, py::ssize_t rows, py::ssize_t cols, int group)
   if (rows < 1 || rows > kMaxSide || cols < 1 || cols > kMaxSide) {
     throw Error(ErrorCode::usage, "rows and cols must be from 1 to " + std::to_string(kMaxSide));
   }
-  if (is_quantised(kind) && group != 32 && group != 16) {
-    throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
-  }
+  if (is_quantised(kind)) check_group(group);
   if (!is_quantised(kind) && rows > kTileRows) throw Error(ErrorCode::usage, "a float panel has at most 64 rows");
-}
-
-// Slabs that share a unit, from columns that do; 0 where scales are halves.
-int unit_slabs_of(int superblock) {
-  if (superblock != 0 && superblock != kUnitSlabs * kSlabCols) {
-    throw Error(ErrorCode::usage, "superblock must be 0 or " + std::to_string(kUnitSlabs * kSlabCols) + ", got " +
-                                      std::to_string(superblock));
-  }
-  return superblock / kSlabCols;
 }
 
 size_t panel_bytes_py(const std::string& kind, py::ssize_t rows, py::ssize_t cols, int group, bool has_min,
@@ -164,9 +169,7 @@ NeuronMatrix neuron_shape(const std::string& kind, py::ssize_t neurons, py::ssiz
   if (neurons < 1 || neurons > kMaxSide || cols < 1 || cols > kMaxSide) {
     throw Error(ErrorCode::usage, "neurons and cols must be from 1 to " + std::to_string(kMaxSide));
   }
-  if (is_quantised(m.kind) && group != 32 && group != 16) {
-    throw Error(ErrorCode::usage, "group must be 32 or 16, got " + std::to_string(group));
-  }
+  if (is_quantised(m.kind)) check_group(group);
   m.neurons = int(neurons);
   m.cols = int(cols);
   m.group = group;

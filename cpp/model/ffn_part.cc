@@ -80,13 +80,13 @@ PanelMatrix take_tiles(const PanelMatrix& m, const std::vector<int>& tiles, std:
   return out;
 }
 
-PanelMatrix take_columns(PanelMatrix m, const std::vector<int>& units, std::vector<AlignedBuffer<uint8_t>>* data) {
+PanelMatrix take_columns(const PanelMatrix& m, const std::vector<int>& units,
+                         std::vector<AlignedBuffer<uint8_t>>* data) {
   constexpr int kPieceSlabs = kTileRows / kSlabCols;
-  const int unit_slabs = m.unit_slabs;
-  SR_CHECK(unit_slabs % kPieceSlabs == 0);
-  if (unit_slabs) m.unit_slabs = kPieceSlabs;  // neighbours in the part may be of different blocks of the whole
-  PanelMatrix out = with_room(m, m.rows, int(units.size()) * kTileRows, data);
-  m.unit_slabs = unit_slabs;
+  SR_CHECK(m.unit_slabs % kPieceSlabs == 0);
+  PanelMatrix form = m;
+  if (m.unit_slabs) form.unit_slabs = kPieceSlabs;  // neighbours in the part may be of different blocks of the whole
+  PanelMatrix out = with_room(form, m.rows, int(units.size()) * kTileRows, data);
   // Stretches hold what is left of their columns, so that sums are those of the whole with the others masked.
   for (int k = 0; k <= m.stretches; k++) {
     out.stretch_borders[k] = 0;
@@ -102,9 +102,9 @@ PanelMatrix take_columns(PanelMatrix m, const std::vector<int>& units, std::vect
     const int R = std::min(step, m.padded_rows() - r);
     const size_t unit = quantised ? 2 * m.slab_bytes(R) : m.panel_bytes(R) / size_t(m.cols) * kTileRows;
     const size_t begin = quantised ? m.units_bytes(R) : 0, to_begin = quantised ? out.units_bytes(R) : 0;
-    const size_t planes = size_t(m.planes()) * 2 * size_t(R);
+    const size_t scales = m.unit_bytes(R);
     for (size_t i = 0; i < units.size(); i++) {
-      if (unit_slabs) std::memcpy(to + i * planes, from + m.unit_offset(units[i] * kPieceSlabs, R), planes);
+      if (m.unit_slabs) std::memcpy(to + i * scales, from + m.unit_offset(units[i] * kPieceSlabs, R), scales);
       std::memcpy(to + to_begin + i * unit, from + begin + size_t(units[i]) * unit, unit);
     }
     from += m.panel_bytes(R);

@@ -29,6 +29,14 @@ std::vector<int32_t> some_tokens(int n, int vocab, std::mt19937& rng) {
   return ids;
 }
 
+// The tokens that a session goes on with after a prompt.
+std::vector<int32_t> answer(Session& session, Sampler& sampler, const std::vector<int32_t>& prompt, int n) {
+  session.eval(prompt.data(), int(prompt.size()));
+  std::vector<int32_t> ids;
+  for (int i = 0; i < n; i++) ids.push_back(session.step(&sampler));
+  return ids;
+}
+
 // Both decoders on one model, and their caches.
 struct Pair {
   PackedModel packed;
@@ -313,9 +321,7 @@ TEST_CASE(
     sampling.temperature = 0;
     Sampler sampler(sampling);
     Session session(model, 64);
-    session.eval(prompt.data(), 5);
-    std::vector<int32_t> ids;
-    for (int i = 0; i < 8; i++) ids.push_back(session.step(&sampler));
+    const std::vector<int32_t> ids = answer(session, sampler, prompt, 8);
     session.truncate(5);
     session.eval(&ids[0], 1);
     CHECK_EQ(session.sample(&sampler), ids[1]);
@@ -433,9 +439,7 @@ TEST_CASE("a thread that has chosen another GPU gets the first one's results, an
     sampling.seed = 3;
     Sampler sampler(sampling);
     Session session(model, 64);
-    session.eval(prompt.data(), 5);
-    std::vector<int32_t> ids;
-    for (int i = 0; i < 6; i++) ids.push_back(session.step(&sampler));
+    const std::vector<int32_t> ids = answer(session, sampler, prompt, 6);
     CHECK(session.logits()[0] == session.logits()[0]);
     return ids;
   };

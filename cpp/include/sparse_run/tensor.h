@@ -83,12 +83,13 @@ struct PanelMatrix {
   SR_INLINE size_t scale_bytes() const { return unit_slabs ? 1 : 2; }
   // Bytes of scales and minima at the head of a slab of R rows.
   SR_INLINE size_t slab_head_bytes(int R) const { return size_t(32 / group) * planes() * scale_bytes() * R; }
-  // Bytes of the units at the head of a panel of R rows, [blocks of unit_slabs slabs, planes, R].
+  // Bytes of the units of unit_slabs slabs, [planes, R], and of all at the head of a panel of R rows.
+  SR_INLINE size_t unit_bytes(int R) const { return size_t(planes()) * 2 * R; }
   SR_INLINE size_t units_bytes(int R) const {
-    return unit_slabs ? size_t((slabs() + unit_slabs - 1) / unit_slabs) * planes() * 2 * R : 0;
+    return unit_slabs ? size_t((slabs() + unit_slabs - 1) / unit_slabs) * unit_bytes(R) : 0;
   }
-  // Of the units of slab s among them.
-  SR_INLINE size_t unit_offset(int s, int R) const { return size_t(s / unit_slabs) * planes() * 2 * R; }
+  // Where those of slab s begin.
+  SR_INLINE size_t unit_offset(int s, int R) const { return size_t(s / unit_slabs) * unit_bytes(R); }
   // What is read of R rows however few of their columns are wanted.
   SR_INLINE size_t heads_bytes(int R) const { return units_bytes(R) + size_t(slabs()) * slab_head_bytes(R); }
   SR_INLINE size_t run_bytes(int R) const { return size_t(R) * code_bits(kind) / 8; }

@@ -145,7 +145,7 @@ void pack_panel(WeightKind kind, const uint8_t* codes, const UnitScales& scales,
   check_packable(kind, rows, cols, group);
   const PanelMatrix m = one_panel(kind, rows, cols, group, scales.mins != nullptr, kUnitSlabs);
   const int R = m.padded_rows(), blocks = (m.slabs() + kUnitSlabs - 1) / kUnitSlabs;
-  const size_t apart = size_t(m.planes()) * 2 * R;
+  const size_t apart = m.unit_bytes(R);
   std::memset(out, 0, m.total_bytes());
   put_planes(scales.units, rows, blocks, R, 1, apart, out);
   if (scales.mins) put_planes(scales.min_units, rows, blocks, R, 1, apart, out + 2 * size_t(R));
